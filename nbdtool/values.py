@@ -1,0 +1,42 @@
+"""Values that a user gives on the command line: sizes, booleans, and options that hold them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+_UNITS = {"": 1, "b": 1, "s": 512, **{u: 1024**n for n, u in enumerate("kmgtpe", 1)}}
+
+
+def size(text: str) -> int:
+    """Bytes of `512`, `10K`, `1.5G`, `2048s` (sectors) or `1MiB`; ArgumentTypeError otherwise."""
+    match = re.fullmatch(r"(\d+)(?:\.(\d+))?([bskmgtpe]?)(?:i?b)?", text.strip().lower())
+    if not match or len(text) > 32:
+        raise argparse.ArgumentTypeError(f"not a size: {text!r} (like 512, 10K, 1.5G or 2048s)")
+    whole, fraction, unit = match[1], match[2] or "", _UNITS[match[3]]
+    value = int(whole + fraction) * unit
+    result, rest = divmod(value, 10 ** len(fraction))
+    if rest or result >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"not a size in bytes: {text!r}")
+    return result
+
+
+def boolean(text: str) -> bool:
+    """on, true, yes, 1 or off, false, no, 0, in any case; ArgumentTypeError otherwise."""
+    word = text.lower()
+    if word in ("on", "true", "yes", "1"):
+        return True
+    if word in ("off", "false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"not a boolean: {text!r} (on or off)")
+
+
+def add_flag(parser: Any, *names: str, **kwargs: Any) -> None:
+    """Add an option that is given as --name, --name=off, name=on or name=off; the default is False.
+
+    The command line is normalised before argparse sees it, so that the value is never taken from
+    the next argument.
+    """
+    kwargs.setdefault("default", False)
+    parser.add_argument(*names, nargs="?", const=True, type=boolean, metavar="on|off", **kwargs)
