@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import Any
 
-_UNITS = {"": 1, "b": 1, "s": 512, **{u: 1024**n for n, u in enumerate("kmgtpe", 1)}}
+_UNITS = {"": 1, "b": 1, "s": 512, **{u: 1 << 10 * n for n, u in enumerate("kmgtpe", 1)}}
 
 
 def size(text: str) -> int:
