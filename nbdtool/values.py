@@ -6,7 +6,12 @@ import argparse
 import re
 from typing import Any
 
-_UNITS = {"": 1, "b": 1, "s": 512, **{u: 1 << 10 * n for n, u in enumerate("kmgtpe", 1)}}
+_UNITS: dict[str, int] = {
+    "": 1,
+    "b": 1,
+    "s": 512,
+    **{u: 1 << (10 * n) for n, u in enumerate("kmgtpe", 1)},
+}
 
 
 def size(text: str) -> int:
@@ -14,9 +19,9 @@ def size(text: str) -> int:
     match = re.fullmatch(r"(\d+)(?:\.(\d+))?([bskmgtpe]?)(?:i?b)?", text.strip().lower())
     if not match or len(text) > 32:
         raise argparse.ArgumentTypeError(f"not a size: {text!r} (like 512, 10K, 1.5G or 2048s)")
-    whole, fraction, unit = match[1], match[2] or "", _UNITS[match[3]]
-    value = int(whole + fraction) * unit
-    result, rest = divmod(value, 10 ** len(fraction))
+    whole, fraction = match[1], match[2] or ""
+    unit: int = _UNITS[match[3]]
+    result, rest = divmod(int(whole + fraction) * unit, int("1" + "0" * len(fraction)))
     if rest or result >= 1 << 63:
         raise argparse.ArgumentTypeError(f"not a size in bytes: {text!r}")
     return result
