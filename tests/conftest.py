@@ -3,6 +3,9 @@
 The fixtures are functions, and they live as long as the session, so that fixtures of any scope and
 hypothesis' tests can use them. With NBDTOOL in the environment its words are run instead of the
 package in this tree: `NBDTOOL="/usr/bin/python3.9 -I dist/nbdtool" pytest tests/system`.
+
+hypothesis draws the same examples in each run; with FUZZ_EXAMPLES=N in the environment it draws N
+new ones for each test, except where a test sets max_examples itself.
 """
 
 from __future__ import annotations
@@ -23,16 +26,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
+
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None)
+if "FUZZ_EXAMPLES" in os.environ:
+    hypothesis.settings.register_profile(
+        "fuzz", max_examples=int(os.environ["FUZZ_EXAMPLES"]), deadline=None
+    )
+hypothesis.settings.load_profile("fuzz" if "FUZZ_EXAMPLES" in os.environ else "same")
 
 
 @pytest.fixture(scope="session")
 def command() -> list[str]:
     """The words that start nbdtool."""
     return shlex.split(os.environ.get("NBDTOOL", "")) or [sys.executable, "-m", "nbdtool"]
+
+
+@pytest.fixture(scope="session")
+def zipapp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The executable, built from this tree."""
+    target = tmp_path_factory.mktemp("zipapp") / "nbdtool"
+    subprocess.run([sys.executable, ROOT / "tools/build_zipapp.py", target], check=True)
+    return target
 
 
 @pytest.fixture(scope="session", autouse=True)
