@@ -17,6 +17,8 @@ STATE_HOLE = 1
 STATE_ZERO = 2
 HOLE = STATE_HOLE | STATE_ZERO
 
+ZEROES = memoryview(bytes(1 << 20))
+
 
 class SpanFile:
     """A descriptor that its spans share; it is closed when the last reference goes.
@@ -104,7 +106,7 @@ class Disk:
 
     size: int
     description = ""  # what was opened and how, for the start-up line and NBD_OPT_LIST
-    writable = can_trim = can_zero = can_fast_zero = False
+    writable = can_trim = can_fast_zero = False
     multi_conn = True
     block_size = (1, 4096, 32 << 20)  # minimum, preferred, maximum, bytes
 
@@ -121,7 +123,10 @@ class Disk:
 
     def zero(self, offset: int, length: int, *, punch: bool, fast: bool) -> None:
         """Make it read as zeroes; punch allows a hole, fast raises ENOTSUP rather than write."""
-        raise OSError(errno.EPERM, "the disk is read-only")
+        if fast:
+            raise OSError(errno.EOPNOTSUPP, "zeroes have to be written")
+        for at in range(offset, offset + length, len(ZEROES)):
+            self.write(at, ZEROES[: offset + length - at])
 
     def trim(self, offset: int, length: int) -> None:
         """The content is no longer needed; what is read afterwards is undefined."""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
+
+verbose = False  # -v: debug() prints, and faults come with their traceback
+
 
 class Error(Exception):
     """A failure (exit status 1); its text says what, where, and what to do."""
@@ -9,3 +14,35 @@ class Error(Exception):
 
 class UsageError(Error):
     """Wrong usage of the command line (exit status 2)."""
+
+
+def warn(text: str) -> None:
+    """Tell the user, on standard error, of something that doesn't stop the work."""
+    _print(f"nbdtool: warning: {text}")
+
+
+def debug(text: str, exc: BaseException | None = None) -> None:
+    """With -v, print text and the traceback of exc."""
+    if verbose:
+        _print(f"nbdtool: {text}")
+        if exc:
+            traceback.print_exception(type(exc), exc, exc.__traceback__)
+
+
+def fail(exc: BaseException) -> None:
+    """Print the one line of what ends the run."""
+    text = str(exc)
+    if isinstance(exc, OSError) and exc.strerror:
+        text = f"{exc.filename}: {exc.strerror}" if exc.filename else exc.strerror
+    _print(f"nbdtool: error: {text}")
+    debug("where it came from:", exc)
+
+
+def _print(line: str) -> None:
+    # Names come from images and clients: what a terminal would obey is escaped.
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    try:
+        sys.stderr.write(line.encode(errors="backslashreplace").decode() + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass  # nobody reads it

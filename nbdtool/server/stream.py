@@ -1,0 +1,282 @@
+"""Bytes to and from one client, over a socket, a TLS connection, or a pair of pipes.
+
+All block. What makes no progress for `patience` seconds raises Stalled, a peer that is gone Ended;
+never OSError, so that a failure of the disk can't be taken for one of the client.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import ssl
+import struct
+from collections.abc import Sequence
+from typing import Union
+
+from nbdtool.disk import SpanFile
+
+Buffer = Union[bytes, bytearray, memoryview]
+
+_IOV_MAX = 1024
+_PIECE = 1 << 20
+
+
+class Dropped(Exception):
+    """The connection must end; the text says why."""
+
+
+class Ended(Dropped):
+    """The peer has gone."""
+
+
+class Stalled(Dropped):
+    """No progress within the patience."""
+
+
+class Stream:
+    peer: str  # who is at the other end, for messages
+    encrypted = False
+
+    def set_patience(self, seconds: float) -> None:
+        """How long a transfer may go without progress."""
+        raise NotImplementedError
+
+    def recv_into(self, view: memoryview) -> int:
+        """Read at least one byte into view, and say how many."""
+        raise NotImplementedError
+
+    def send(self, buffers: Sequence[Buffer], length: int, *, more: bool = False) -> None:
+        """Write all of buffers, length bytes in sum; more follows at once if `more`."""
+        raise NotImplementedError
+
+    def sendfile(self, file: SpanFile, offset: int, length: int) -> int:
+        """Write a range of a file; fewer bytes than asked for where it can't be read on."""
+        sent = 0
+        while sent < length:
+            try:
+                data = os.pread(file.fd, min(length - sent, _PIECE), offset + sent)
+            except OSError:
+                break
+            if not data:
+                break
+            self.send((data,), len(data))
+            sent += len(data)
+        return sent
+
+    def shut(self, *, reading_only: bool = False) -> None:
+        """From another thread: let blocked calls of this stream end."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+def _rest(buffers: Sequence[Buffer], done: int) -> list[Buffer]:
+    """What remains of buffers when their first `done` bytes are written."""
+    for i, buffer in enumerate(buffers):
+        if done < len(buffer):
+            return [memoryview(buffer)[done:], *buffers[i + 1 :]]
+        done -= len(buffer)
+    return []
+
+
+# What a socket says of its peer, where sendfile could also speak of the file
+_PEER_ERRORS = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNABORTED)
+
+
+class SocketStream(Stream):
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.sock, self.peer = sock, peer
+        sock.setblocking(True)
+        self._fd = sock.fileno()
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def set_patience(self, seconds: float) -> None:
+        # Not settimeout: it makes the socket non-blocking, which sendfile can't take.
+        whole = max(int(seconds), 0)
+        value = struct.pack("@ll", whole, max(int((seconds - whole) * 1e6), 1))
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+    def recv_into(self, view: memoryview) -> int:
+        try:
+            return self.sock.recv_into(view) or _end()
+        except BlockingIOError:
+            raise Stalled("the client sends nothing") from None
+        except OSError as exc:
+            raise Ended(str(exc)) from None
+
+    def send(self, buffers: Sequence[Buffer], length: int, *, more: bool = False) -> None:
+        flags = socket.MSG_MORE if more else 0
+        try:
+            sent = self.sock.sendmsg(buffers[:_IOV_MAX], (), flags)
+            while sent < length:
+                length -= sent
+                buffers = _rest(buffers, sent)
+                sent = self.sock.sendmsg(buffers[:_IOV_MAX], (), flags)
+        except BlockingIOError:
+            raise Stalled("the client takes no data") from None
+        except OSError as exc:
+            raise Ended(str(exc)) from None
+
+    def sendfile(self, file: SpanFile, offset: int, length: int) -> int:
+        end = offset + length
+        try:
+            while offset < end:
+                sent = os.sendfile(self._fd, file.fd, offset, end - offset)
+                if not sent:
+                    break
+                offset += sent
+        except BlockingIOError:
+            raise Stalled("the client takes no data") from None
+        except OSError as exc:
+            if exc.errno in _PEER_ERRORS:
+                raise Ended(str(exc)) from None
+        return length - (end - offset)
+
+    def shut(self, *, reading_only: bool = False) -> None:
+        try:
+            self.sock.shutdown(socket.SHUT_RD if reading_only else socket.SHUT_RDWR)
+        except OSError:
+            pass  # it is gone already
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class TLSStream(Stream):
+    encrypted = True
+
+    def __init__(self, stream: SocketStream, context: ssl.SSLContext, patience: float) -> None:
+        """Handshake over stream; Dropped if it fails."""
+        self.peer = stream.peer
+        stream.sock.settimeout(max(patience, 0.001))
+        try:
+            self.sock = context.wrap_socket(stream.sock, server_side=True)
+        except OSError as exc:
+            raise Dropped(f"TLS: {getattr(exc, 'reason', None) or exc}") from None
+
+    def set_patience(self, seconds: float) -> None:
+        self.sock.settimeout(max(seconds, 0.001))
+
+    def recv_into(self, view: memoryview) -> int:
+        try:
+            return self.sock.recv_into(view) or _end()
+        except TimeoutError:
+            raise Stalled("the client sends nothing") from None
+        except OSError as exc:
+            raise Ended(str(exc)) from None
+
+    def send(self, buffers: Sequence[Buffer], length: int, *, more: bool = False) -> None:
+        try:
+            self.sock.sendall(buffers[0] if len(buffers) == 1 else b"".join(buffers))
+        except TimeoutError:
+            raise Stalled("the client takes no data") from None
+        except OSError as exc:
+            raise Ended(str(exc)) from None
+
+    def shut(self, *, reading_only: bool = False) -> None:
+        try:
+            # Not SSLSocket.shutdown, which drops the TLS layer under its user
+            socket.socket.shutdown(self.sock, socket.SHUT_RD if reading_only else socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        try:
+            self.sock.settimeout(1)
+            self.sock.unwrap()
+        except (OSError, ValueError):
+            pass
+        self.sock.close()
+
+
+class PipeStream(Stream):
+    """Standard input and output that are not a socket."""
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self.peer = "standard input"
+        self._in, self._out = read_fd, write_fd
+        self._patience = 0.0
+
+    def set_patience(self, seconds: float) -> None:
+        self._patience = seconds
+
+    def _wait(self, fd: int, event: int) -> None:
+        poll = select.poll()
+        poll.register(fd, event)
+        if not poll.poll(self._patience * 1000):
+            raise Stalled("the client makes no progress")
+
+    def recv_into(self, view: memoryview) -> int:
+        self._wait(self._in, select.POLLIN)
+        try:
+            return os.readv(self._in, [view]) or _end()
+        except OSError as exc:
+            raise Ended(str(exc)) from None
+
+    def send(self, buffers: Sequence[Buffer], length: int, *, more: bool = False) -> None:
+        try:
+            while length:
+                self._wait(self._out, select.POLLOUT)
+                sent = os.writev(self._out, buffers[:_IOV_MAX])
+                length -= sent
+                buffers = _rest(buffers, sent)
+        except OSError as exc:
+            raise Ended(str(exc)) from None
+
+    def close(self) -> None:
+        os.close(self._in)
+        os.close(self._out)
+
+
+def _end() -> int:
+    raise Ended("end of the stream")
+
+
+class Inbox:
+    """What has come from a stream and isn't used yet: view[start:end]."""
+
+    SIZE = 64 << 10
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.view = memoryview(bytearray(self.SIZE))
+        self.start = self.end = 0
+
+    def fill(self, need: int) -> None:
+        """Receive until `need` (at most SIZE) bytes are there; Ended if the stream ends."""
+        view = self.view
+        if self.start == self.end:
+            self.start = self.end = 0
+        elif self.start + need > self.SIZE:
+            rest = self.end - self.start
+            view[:rest] = bytes(view[self.start : self.end])
+            self.start, self.end = 0, rest
+        while self.end - self.start < need:
+            self.end += self.stream.recv_into(view[self.end :])
+
+    def take(self, length: int) -> memoryview:
+        """The next `length` (at most SIZE) bytes, valid until the next call of this object."""
+        if self.end - self.start < length:
+            self.fill(length)
+        self.start += length
+        return self.view[self.start - length : self.start]
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill view, of any size, with what comes next."""
+        done = min(self.end - self.start, len(view))
+        view[:done] = self.view[self.start : self.start + done]
+        self.start += done
+        while done < len(view):
+            done += self.stream.recv_into(view[done:])
+
+    def drain(self, length: int) -> None:
+        """Throw away the next `length` bytes, of any number."""
+        while length:
+            piece = min(length, self.SIZE)
+            self.take(piece)
+            length -= piece

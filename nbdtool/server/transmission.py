@@ -1,0 +1,406 @@
+"""The transmission phase: one connection's requests, answered in their order.
+
+Whatever has come is answered before anything is sent, so that a client that pipelines costs one
+system call for many requests. Specification: doc/proto.md, section "Transmission phase".
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from array import array
+from itertools import islice
+from typing import Callable, Union
+
+from nbdtool import protocol as p
+from nbdtool.disk import ZEROES, Disk, FileSpan, Span, ZeroSpan, merge_extents, span_length
+from nbdtool.server.budget import Budget
+from nbdtool.server.handshake import Session
+from nbdtool.server.stream import Buffer, Dropped, Ended, Stalled
+
+PATIENCE = 30.0  # seconds that a started transfer may go without progress
+
+_SMALL = 64 << 10  # bytes: up to here pread and a shared sendmsg, above sendfile and a budget
+_HOLE_MIN = 4096  # fewer zeroes are sent as data: a chunk of its own costs more
+
+# The flags that a command takes beside FUA, where the export allows them
+_FLAGS = {
+    p.CMD_READ: p.CMD_FLAG_DF,
+    p.CMD_WRITE: p.CMD_FLAG_PAYLOAD_LEN,
+    p.CMD_FLUSH: 0,
+    p.CMD_TRIM: 0,
+    p.CMD_CACHE: 0,
+    p.CMD_WRITE_ZEROES: p.CMD_FLAG_NO_HOLE | p.CMD_FLAG_FAST_ZERO,
+    p.CMD_BLOCK_STATUS: p.CMD_FLAG_REQ_ONE,
+}
+
+Handler = Callable[[int, int, int, int], None]
+Log = Callable[[str, Union[BaseException, None]], None]
+
+
+class Invalid(Exception):
+    """A request that is refused before it reaches the disk: (error value, text[, offset])."""
+
+
+class Transmission:
+    """Serves one session; run() returns when the client disconnects, Dropped ends it otherwise."""
+
+    def __init__(self, session: Session, budget: Budget, log: Log) -> None:
+        assert session.export is not None
+        self._inbox = session.inbox
+        self._stream = session.inbox.stream
+        self._export = session.export
+        self._disk = session.export.disk
+        self._size = self._disk.size
+        self._flags = session.export.flags(session.structured)
+        self._minimum, _, self._maximum = session.export.block_size
+        self._structured = session.structured
+        self._extended = session.extended
+        self._status = session.block_status
+        self._header = p.EXTENDED_REQUEST if session.extended else p.REQUEST
+        self._budget = budget
+        self._log = log
+        self._out: list[Buffer] = []
+        self._queued = 0  # bytes in _out
+        self._kept = bytearray()  # a payload buffer that is used again
+        self._commands: dict[int, Handler] = {
+            p.CMD_READ: self._read,
+            p.CMD_WRITE: self._write,
+            p.CMD_FLUSH: self._flush,
+            p.CMD_TRIM: self._trim,
+            p.CMD_CACHE: self._cache,
+            p.CMD_WRITE_ZEROES: self._write_zeroes,
+            p.CMD_BLOCK_STATUS: self._block_status,
+        }
+
+    def run(self) -> None:
+        self._stream.set_patience(PATIENCE)
+        inbox, view, budget = self._inbox, self._inbox.view, self._budget
+        unpack_from, header = self._header.unpack_from, self._header.size
+        magic = p.EXTENDED_REQUEST_MAGIC if self._extended else p.REQUEST_MAGIC
+        prefetches = type(self._disk).prefetch is not Disk.prefetch
+        while True:
+            if prefetches:
+                self._announce()
+            while inbox.end - inbox.start >= header:
+                got, flags, command, cookie, offset, length = unpack_from(view, inbox.start)
+                if got != magic:
+                    raise Dropped("a request without its magic number")
+                inbox.start += header
+                if command == p.CMD_DISC:
+                    self._send()
+                    return
+                self._answer(flags, command, cookie, offset, length)
+                if self._queued >= budget.share:
+                    self._send()
+            if self._queued:
+                self._send()
+            try:
+                inbox.fill(inbox.end - inbox.start + 1)
+            except (Stalled, Ended) as exc:
+                if inbox.start != inbox.end:
+                    raise Dropped(f"{exc}, in the middle of a request") from None
+                if isinstance(exc, Ended):
+                    return
+
+    def _announce(self) -> None:
+        """Tell the disk about all reads that have come, before the first is answered."""
+        inbox, header = self._inbox, self._header.size
+        ranges, at = [], inbox.start
+        while inbox.end - at >= header:
+            _, _, command, _, offset, length = self._header.unpack_from(inbox.view, at)
+            at += header + length * (command == p.CMD_WRITE)
+            inside = offset + length <= self._size and 0 < length <= self._maximum
+            if command == p.CMD_READ and inside:
+                ranges.append((offset, length))
+        if len(ranges) > 1:
+            self._disk.prefetch(ranges)
+
+    # Requests
+
+    def _answer(self, flags: int, command: int, cookie: int, offset: int, length: int) -> None:
+        try:
+            if (
+                command
+                or flags
+                or not 0 < length <= self._maximum
+                or offset + length > self._size
+                or self._minimum > 1
+            ) and not self._check(flags, command, offset, length):
+                self._done(cookie, command)
+                return
+            self._commands[command](flags, cookie, offset, length)
+        except Invalid as invalid:
+            self._fail(cookie, command, *invalid.args)
+        except Dropped:
+            raise
+        except OSError as exc:
+            self._log(_reason(exc), None)
+            self._fail(cookie, command, p.nbd_error(exc.errno, flags), _reason(exc))
+        except Exception as exc:
+            self._log(f"a fault in nbdtool: {exc!r}", exc)
+            self._fail(cookie, command, p.EIO, "a fault in the server")
+
+    def _check(self, flags: int, command: int, offset: int, length: int) -> bool:
+        """Whether there is anything to do; Invalid if the request is not allowed."""
+        try:
+            self._check_flags(flags, command)
+            return self._check_range(command, offset, length)
+        except Invalid:
+            if command == p.CMD_WRITE or (self._extended and flags & p.CMD_FLAG_PAYLOAD_LEN):
+                self._drain(length)
+            raise
+
+    def _check_flags(self, flags: int, command: int) -> None:
+        if command not in _FLAGS:
+            raise Invalid(p.EINVAL, f"command {command} is unknown")
+        if command in (p.CMD_WRITE, p.CMD_TRIM, p.CMD_WRITE_ZEROES) and self._export.read_only:
+            raise Invalid(p.EPERM, "the export is read-only")
+        if command == p.CMD_TRIM and not self._flags & p.FLAG_SEND_TRIM:
+            raise Invalid(p.EINVAL, "the export has no TRIM")
+        if command == p.CMD_BLOCK_STATUS and not self._status:
+            raise Invalid(p.EINVAL, "no metadata context was chosen")
+        allowed = p.CMD_FLAG_FUA | _FLAGS[command]
+        if not self._structured:
+            allowed &= ~p.CMD_FLAG_DF
+        if not self._extended:
+            allowed &= ~p.CMD_FLAG_PAYLOAD_LEN
+        if not self._flags & p.FLAG_SEND_FAST_ZERO:
+            allowed &= ~p.CMD_FLAG_FAST_ZERO
+        if flags & ~allowed:
+            raise Invalid(p.EINVAL, f"flags {flags:#x} are not for command {command}")
+
+    def _check_range(self, command: int, offset: int, length: int) -> bool:
+        if command == p.CMD_FLUSH:
+            if offset or length:
+                raise Invalid(p.EINVAL, "a FLUSH with an offset or a length")
+            return True
+        if offset + length > self._size:
+            error = p.ENOSPC if command in (p.CMD_WRITE, p.CMD_WRITE_ZEROES) else p.EINVAL
+            text = f"the export ends at byte {self._size}"
+            raise Invalid(error, text, *((self._size,) if offset < self._size else ()))
+        if (offset | length) % self._minimum and offset + length != self._size:
+            raise Invalid(p.EINVAL, f"not a multiple of the block size, {self._minimum} bytes")
+        if command in (p.CMD_READ, p.CMD_WRITE) and length > self._maximum:
+            error = p.EOVERFLOW if self._structured and command == p.CMD_READ else p.EINVAL
+            raise Invalid(error, f"more than the maximum payload, {self._maximum} bytes")
+        if command == p.CMD_BLOCK_STATUS and not length:
+            raise Invalid(p.EINVAL, "a block status of no bytes")
+        return length > 0
+
+    def _drain(self, length: int) -> None:
+        if length > 0xFFFFFFFF:
+            raise Dropped(f"a payload of {length} bytes")
+        self._send()
+        self._inbox.drain(length)
+
+    def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        if length <= _SMALL:
+            spans = self._disk.read(offset, length)
+            self._reply(flags, cookie, offset, length, [_loaded(span) for span in spans])
+            return
+        with self._budget.take(length, self._send):
+            spans = self._disk.read(offset, length)
+            self._reply(flags, cookie, offset, length, [_loaded(span) for span in spans])
+            if self._queued >= self._budget.share:
+                self._send()
+
+    def _write(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        if length <= _SMALL:
+            if self._inbox.end - self._inbox.start < length:
+                self._send()
+            self._disk.write(offset, self._inbox.take(length))
+        else:
+            self._send()
+            with self._budget.take(length, self._send):
+                if len(self._kept) < length:
+                    self._kept = bytearray(length)
+                with memoryview(self._kept)[:length] as payload:
+                    self._inbox.read_into(payload)
+                    self._disk.write(offset, payload)
+                if len(self._kept) > self._budget.share:
+                    self._kept = bytearray()
+        self._written(flags, cookie, p.CMD_WRITE)
+
+    def _trim(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        self._disk.trim(offset, length)
+        self._written(flags, cookie, p.CMD_TRIM)
+
+    def _write_zeroes(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        punch = not flags & p.CMD_FLAG_NO_HOLE
+        self._disk.zero(offset, length, punch=punch, fast=bool(flags & p.CMD_FLAG_FAST_ZERO))
+        self._written(flags, cookie, p.CMD_WRITE_ZEROES)
+
+    def _written(self, flags: int, cookie: int, command: int) -> None:
+        if flags & p.CMD_FLAG_FUA:
+            self._disk.flush()
+        self._done(cookie, command)
+
+    def _flush(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        self._disk.flush()
+        self._done(cookie, p.CMD_FLUSH)
+
+    def _cache(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        self._disk.prefetch([(offset, min(length, p.MAX_PAYLOAD))])
+        self._done(cookie, p.CMD_CACHE)
+
+    def _block_status(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        most = 1 if flags & p.CMD_FLAG_REQ_ONE else p.MAX_EXTENTS
+        extents = islice(merge_extents(self._disk.extents(offset, length)), most)
+        with self._budget.take(min(length // 32, 16 * most), self._send):
+            values = array("Q" if self._extended else "I")
+            for extent in extents:
+                values.extend(extent)
+            count = len(values) // 2
+            if sys.byteorder == "little":
+                values.byteswap()
+            data = values.tobytes()
+            if self._extended:
+                head = p.BLOCK_STATUS_EXT_HEAD.pack(1, count)
+                type_ = p.REPLY_TYPE_BLOCK_STATUS_EXT
+            else:
+                head, type_ = p.BLOCK_STATUS_HEAD.pack(1), p.REPLY_TYPE_BLOCK_STATUS
+            self._chunk(p.REPLY_FLAG_DONE, type_, cookie, offset, head, data)
+            if self._queued >= self._budget.share:
+                self._send()
+
+    # Replies
+
+    def _done(self, cookie: int, command: int) -> None:
+        """Success without data."""
+        if self._extended or (self._structured and command == p.CMD_READ):
+            self._chunk(p.REPLY_FLAG_DONE, p.REPLY_TYPE_NONE, cookie, 0)
+        else:
+            self._put(p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie))
+
+    def _fail(
+        self, cookie: int, command: int, error: int, message: str, offset: int | None = None
+    ) -> None:
+        if not self._structured:
+            self._put(p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, error, cookie))
+            return
+        text = p.text(message)
+        parts = [p.ERROR.pack(error, len(text)), text]
+        type_ = p.REPLY_TYPE_ERROR
+        if offset is not None and command not in (p.CMD_FLUSH, p.CMD_DISC):
+            type_ = p.REPLY_TYPE_ERROR_OFFSET
+            parts.append(p.OFFSET.pack(offset))
+        self._chunk(p.REPLY_FLAG_DONE, type_, cookie, offset or 0, *parts)
+
+    def _reply(self, flags: int, cookie: int, offset: int, length: int, parts: list[Span]) -> None:
+        """The data of a read, all of which can be had."""
+        if not self._structured:
+            self._put(p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie))
+            failure = self._put_parts(parts)
+            if failure:
+                raise Dropped(_reason(failure))
+            return
+        runs = [(False, offset, length, parts)]
+        if not flags & p.CMD_FLAG_DF and ZeroSpan in map(type, parts):
+            runs = _runs(offset, parts)
+        for n, (hole, at, size, run) in enumerate(runs, 1):
+            done = p.REPLY_FLAG_DONE * (n == len(runs))
+            if hole:
+                data = p.OFFSET_HOLE.pack(at, size)
+                self._chunk(done, p.REPLY_TYPE_OFFSET_HOLE, cookie, offset, data)
+                continue
+            uncertain = length > _SMALL and FileSpan in map(type, run)
+            self._chunk(
+                0 if uncertain else done,
+                p.REPLY_TYPE_OFFSET_DATA,
+                cookie,
+                offset,
+                p.OFFSET.pack(at),
+                follows=size,
+            )
+            failure = self._put_parts(run)
+            if failure:
+                # The chunk went out whole, padded with zeroes; this takes it back.
+                reason = _reason(failure)
+                self._log(reason, None)
+                self._fail(cookie, p.CMD_READ, p.nbd_error(failure.errno), reason, at)
+                return
+            if uncertain and done:
+                self._chunk(done, p.REPLY_TYPE_NONE, cookie, offset)
+
+    def _chunk(
+        self, flags: int, type_: int, cookie: int, offset: int, *parts: bytes, follows: int = 0
+    ) -> None:
+        """A chunk of parts, and of `follows` bytes more that the caller puts."""
+        length = sum(map(len, parts)) + follows
+        if self._extended:
+            header = p.EXTENDED_REPLY.pack(
+                p.EXTENDED_REPLY_MAGIC, flags, type_, cookie, offset, length
+            )
+        else:
+            header = p.STRUCTURED_REPLY.pack(p.STRUCTURED_REPLY_MAGIC, flags, type_, cookie, length)
+        self._put(b"".join((header, *parts)))
+
+    def _put(self, data: Buffer) -> None:
+        self._out.append(data)
+        self._queued += len(data)
+
+    def _put_parts(self, parts: list[Span]) -> OSError | None:
+        """Put all of parts; a file that fails is padded with zeroes, and its failure returned."""
+        failure = None
+        for part in parts:
+            if isinstance(part, ZeroSpan):
+                self._put_zeroes(part.length)
+            elif isinstance(part, FileSpan):
+                failure = self._put_file(part) or failure
+            else:
+                self._put(part)
+        return failure
+
+    def _put_zeroes(self, length: int) -> None:
+        while length:
+            piece = ZEROES[:length]
+            self._put(piece)
+            length -= len(piece)
+
+    def _put_file(self, span: FileSpan) -> OSError | None:
+        self._send(more=True)
+        sent = self._stream.sendfile(span.file, span.offset, span.length)
+        try:
+            span.file.check()
+            if sent < span.length:
+                where = span.offset + sent
+                raise OSError(errno.EIO, f"{span.file.name}: can't be read on at byte {where}")
+        except OSError as exc:
+            self._put_zeroes(span.length - sent)
+            return exc
+        return None
+
+    def _send(self, *, more: bool = False) -> None:
+        if self._queued:
+            out, queued = self._out, self._queued
+            self._out, self._queued = [], 0
+            self._stream.send(out, queued, more=more)
+
+
+def _reason(exc: OSError) -> str:
+    return exc.strerror or str(exc)
+
+
+def _loaded(span: Span) -> Span:
+    """What a reply can be made of: small file ranges as bytes, large ones checked."""
+    if type(span) is FileSpan:
+        if span.length <= _SMALL:
+            return span.file.pread(span.offset, span.length)
+        span.file.check()
+    return span
+
+
+def _runs(offset: int, parts: list[Span]) -> list[tuple[bool, int, int, list[Span]]]:
+    """Parts as runs of data and of zeroes worth a chunk: (is a hole, offset, length, parts)."""
+    runs: list[tuple[bool, int, int, list[Span]]] = []
+    for part in parts:
+        length = span_length(part)
+        hole = type(part) is ZeroSpan and (length >= _HOLE_MIN or len(parts) == 1)
+        if runs and runs[-1][0] == hole:
+            _, at, before, run = runs[-1]
+            runs[-1] = (hole, at, before + length, [*run, part])
+        else:
+            runs.append((hole, offset, length, [part]))
+        offset += length
+    return runs
