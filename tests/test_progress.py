@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import os
 import select
-import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,7 +20,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     controller, name = os.openpty()
     monkeypatch.setenv("COLUMNS", "60")
     with os.fdopen(name, "w") as stream:
-        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))
         yield controller
     os.close(controller)
 
@@ -94,7 +94,8 @@ def test_nothing_without_a_terminal(
     monkeypatch: pytest.MonkeyPatch, clock: Clock, closed: bool
 ) -> None:
     stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", None if closed else stream)
+    stderr = None if closed else stream
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stderr))
     with Progress("writing", 100) as line:
         clock.now += 5
         line.update(50)
