@@ -45,8 +45,12 @@ class Invalid(Exception):
 class Transmission:
     """Serves one session; run() returns when the client disconnects, Dropped ends it otherwise."""
 
-    def __init__(self, session: Session, budget: Budget, log: Log) -> None:
+    def __init__(
+        self, session: Session, budget: Budget, log: Log, stopping: Callable[[], bool]
+    ) -> None:
         assert session.export is not None
+        self.idle = False  # waiting for a request, none of which has come
+        self._stopping = stopping
         self._inbox = session.inbox
         self._stream = session.inbox.stream
         self._export = session.export
@@ -95,8 +99,12 @@ class Transmission:
                     self._send()
             if self._queued:
                 self._send()
+            if self._stopping() and inbox.start == inbox.end:
+                return
+            self.idle = inbox.start == inbox.end
             try:
                 inbox.fill(inbox.end - inbox.start + 1)
+                self.idle = False
             except (Stalled, Ended) as exc:
                 if inbox.start != inbox.end:
                     raise Dropped(f"{exc}, in the middle of a request") from None

@@ -1,0 +1,116 @@
+"""The door: parse, open, serve or write, exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from nbdtool import __version__
+
+if TYPE_CHECKING:
+    import argparse
+
+    from nbdtool.disk import Disk
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run nbdtool; the exit status is 0, 1 for a failure, 2 for wrong usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv in (["--version"], ["-V"]):  # without argparse: scripts ask often
+        print(f"nbdtool {__version__}")
+        return 0
+    from nbdtool import errors
+
+    try:
+        return _run(argv)
+    except errors.UsageError as exc:
+        errors.fail(exc)
+        return 2
+    except (errors.Error, OSError) as exc:
+        errors.fail(exc)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except MemoryError as exc:
+        errors.fail(errors.Error("out of memory"))
+        errors.debug("where", exc)
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    from nbdtool import cli, errors
+
+    command, args = cli.parse(argv)
+    errors.verbose = args.verbose
+    if args.help:
+        cli.print_help(command, args)
+        return 0
+    if args.version:
+        print(f"nbdtool {__version__}")
+        return 0
+    if args.dump_config:
+        cli.print_config()
+        return 0
+    if command is None:
+        raise errors.UsageError(f"which source? One of {', '.join(cli.COMMANDS)}; see --help")
+    for number in (signal.SIGTERM, signal.SIGQUIT):
+        signal.signal(number, _interrupted)
+    if args.to_file is not None:
+        return _write(command, args)
+    return _serve(command, args)
+
+
+def _serve(command: str, args: argparse.Namespace) -> int:
+    from nbdtool.server.lifecycle import Server
+
+    server = Server(args)
+    with _opened(command, args) as disks:
+        return server.run(disks)
+
+
+def _write(command: str, args: argparse.Namespace) -> int:
+    from nbdtool import writer
+    from nbdtool.errors import UsageError
+
+    for option in ("port", "ip_addr", "unix", "stdin", "run", "fork", "pid_file"):
+        if getattr(args, option):
+            raise UsageError(f"--to-file writes and exits; --{option.replace('_', '-')} serves")
+    with _opened(command, args) as disks:
+        if len(disks) > 1:
+            raise UsageError(f"--to-file writes one disk, here are {', '.join(disks)}; choose one")
+        (disk,) = disks.values()
+        writer.write_disk(disk, args.to_file)
+    return 0
+
+
+@contextlib.contextmanager
+def _opened(command: str, args: argparse.Namespace) -> Iterator[dict[str, Disk]]:
+    """The disks, flushed and closed at the end; Error if that fails: data may be lost then."""
+    from nbdtool import cli
+    from nbdtool.errors import Error
+
+    disks = cli.open_disks(command, args)
+    try:
+        yield disks
+    finally:
+        failures = []
+        for disk in disks.values():
+            try:
+                if disk.writable:
+                    disk.flush()
+                disk.close()
+            except OSError as exc:
+                failures.append(f"{disk.description}: {exc.strerror or exc}")
+        if failures:
+            raise Error(f"{'; '.join(failures)}; what was written last may be lost")
+
+
+def _interrupted(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""Where clients connect: TCP, a Unix socket, or what systemd hands over."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from nbdtool.errors import Error, debug, warn
+
+_ACTIVATION_FD = 3  # SD_LISTEN_FDS_START
+
+
+@dataclass
+class Place:
+    """The listening sockets, and how a client names them."""
+
+    sockets: list[socket.socket]
+    port: int | None = None
+    path: str | None = None  # of the Unix socket
+    host: str = "localhost"
+    audience: str = "this machine"
+    private: str | None = None  # a directory of ours that holds the socket
+
+    def uri(self, export: str = "", tls: bool = False) -> str:
+        """The NBD URI (doc/uri.md) of an export."""
+        scheme = "nbds" if tls else "nbd"
+        name = quote(export, safe="/")
+        if self.path is not None:
+            return f"{scheme}+unix:///{name}?socket={quote(self.path, safe='/')}"
+        port = "" if self.port == 10809 else f":{self.port}"
+        return f"{scheme}://{self.host}{port}/{name}".rstrip("/" if not name else "")
+
+    def close(self) -> None:
+        """Stop listening, and remove the socket that we made."""
+        for sock in self.sockets:
+            sock.close()
+        if self.path is not None and self.private != "":
+            try:
+                Path(self.path).unlink()
+            except OSError as exc:
+                debug(f"{self.path}: not removed: {exc.strerror}")
+        if self.private:
+            shutil.rmtree(self.private, ignore_errors=True)
+
+
+def on_tcp(address: str | None, port: int, families: list[int]) -> Place:
+    """Listen on one port of an address; of loopback, in both families, if it is None.
+
+    Port 0 picks one that is free in all families. Error if that can't be had.
+    """
+    wanted = _addresses(address, families)
+    for attempt in range(16):
+        sockets: list[socket.socket] = []
+        chosen = port
+        try:
+            for family, host in wanted:
+                sock = _bound(family, host, chosen)
+                if sock is not None:
+                    sockets.append(sock)
+                    chosen = sock.getsockname()[1]
+        except OSError as exc:
+            for sock in sockets:
+                sock.close()
+            if port == 0 and exc.errno == errno.EADDRINUSE and attempt < 15:
+                continue
+            hint = "; choose another with -p, or -p 0" if exc.errno == errno.EADDRINUSE else ""
+            raise Error(f"{host} port {chosen}: {exc.strerror}{hint}") from None
+        break
+    if not sockets:
+        raise Error(f"{address or 'loopback'}: no such address on this machine")
+    first = sockets[0].getsockname()[0]
+    place = Place(sockets, port=chosen)
+    if address is not None and not first.startswith("127.") and first != "::1":
+        everywhere = first in ("0.0.0.0", "::")
+        place.host = socket.gethostname() if everywhere else f"[{first}]" * (":" in first) or first
+        place.audience = "anyone who reaches this machine's port " + str(chosen)
+        if not everywhere:
+            place.audience = f"anyone who reaches {first} port {chosen}"
+    return place
+
+
+def _addresses(address: str | None, families: list[int]) -> list[tuple[int, str]]:
+    if address is None:
+        loopback: dict[int, str] = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
+        return [(family, loopback[family]) for family in families]
+    if address == "*":
+        anywhere: dict[int, str] = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
+        return [(family, anywhere[family]) for family in families]
+    try:
+        found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as exc:
+        raise Error(f"{address}: not an address to listen on: {exc}") from None
+    usable = [(info[0], str(info[4][0])) for info in found if info[0] in families]
+    if not usable:
+        raise Error(f"{address}: has no address of the family asked for")
+    return list(dict.fromkeys(usable))
+
+
+def _bound(family: int, host: str, port: int) -> socket.socket | None:
+    """A listening socket; None where the kernel has no such family or loopback address."""
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as exc:
+        if exc.errno == errno.EAFNOSUPPORT:
+            return None
+        raise
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((host, port))
+        sock.listen(socket.SOMAXCONN)
+    except OSError as exc:
+        sock.close()
+        if exc.errno == errno.EADDRNOTAVAIL and host == "::1":
+            return None
+        raise
+    return sock
+
+
+def on_unix(path: str, mode: int) -> Place:
+    """Listen on a Unix socket of that mode; "-" is one in a new private directory.
+
+    A socket that nobody answers on is taken over.
+    """
+    private = None
+    if path == "-":
+        private = tempfile.mkdtemp(prefix="nbdtool-")
+        path = str(Path(private, "socket"))
+    path = str(Path(path).absolute())
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    umask = os.umask(0o777)
+    try:
+        try:
+            sock.bind(path)
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE or not _stale(path):
+                raise
+            Path(path).unlink()
+            sock.bind(path)
+        sock.listen(socket.SOMAXCONN)
+        Path(path).chmod(mode)
+    except OSError as exc:
+        sock.close()
+        text = "a server answers there already" if exc.errno == errno.EADDRINUSE else exc.strerror
+        if text is None:
+            text = "the path is longer than a Unix socket's can be (107 bytes)"
+        raise Error(f"{path}: {text}; choose another path with -U") from None
+    finally:
+        os.umask(umask)
+    return Place([sock], path=path, private=private, audience=_readers(path, mode))
+
+
+def _stale(path: str) -> bool:
+    """Whether path is a socket that nobody listens on."""
+    if not Path(path).is_socket():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(path) == errno.ECONNREFUSED
+
+
+def _readers(path: str, mode: int) -> str:
+    if mode & 0o002:
+        return "all users of this machine"
+    return "this user and group" if mode & 0o020 else "this user"
+
+
+def on_activation() -> Place | None:
+    """The sockets that systemd (or who acts like it) listens on for us; sd_listen_fds(3)."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    count = os.environ.get("LISTEN_FDS", "")
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    if not count.isdecimal() or not 0 < int(count) <= 1024:
+        raise Error(f"LISTEN_FDS={count}: not a number of sockets")
+    sockets = []
+    for fd in range(_ACTIVATION_FD, _ACTIVATION_FD + int(count)):
+        os.set_inheritable(fd, False)
+        try:
+            sock = socket.socket(fileno=fd)
+            if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                raise OSError(errno.EINVAL, "not a listening socket")
+        except OSError as exc:
+            raise Error(f"descriptor {fd} from the service manager: {exc.strerror}") from None
+        sockets.append(sock)
+    place = Place(sockets, private="", audience="whoever reaches the service manager's sockets")
+    for sock in sockets:
+        name = sock.getsockname()
+        if sock.family == socket.AF_UNIX:
+            place.path = name if isinstance(name, str) else "@" + name[1:].decode(errors="replace")
+        else:
+            place.port = name[1]
+    if len(sockets) > 1:
+        warn(f"{len(sockets)} sockets from the service manager; all are served")
+    return place

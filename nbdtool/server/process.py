@@ -1,0 +1,138 @@
+"""What the server's process does beside serving: background, privileges, pid file, readiness."""
+
+from __future__ import annotations
+
+import ctypes
+import grp
+import os
+import pwd
+import signal
+import socket
+import sys
+from typing import Callable
+
+from nbdtool.errors import Error
+
+_PR_SET_PDEATHSIG = 1
+
+
+def fork_to_background() -> Callable[[], None]:
+    """Return in the child only; what it returns tells the parent that clients can connect.
+
+    The parent exits 0 then, or with the child's status if the child ends before.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writing)
+        if os.read(reading, 1):
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
+    os.close(reading)
+    os.setsid()
+
+    def ready() -> None:
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, *([2] if os.isatty(2) or not _is_file(2) else [])):
+            os.dup2(null, fd)
+        os.close(null)
+        os.write(writing, b"1")
+        os.close(writing)
+
+    return ready
+
+
+def _is_file(fd: int) -> bool:
+    """Whether messages still go somewhere when the terminal is gone."""
+    import stat
+
+    return stat.S_ISREG(os.fstat(fd).st_mode)
+
+
+def log_to(target: str) -> None:
+    """Send messages to a file from here on; Error if it can't be opened."""
+    if target == "stderr":
+        return
+    try:
+        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise Error(f"{target}: {exc.strerror}; give --log another file") from None
+    sys.stderr.flush()
+    os.dup2(fd, 2)
+    os.close(fd)
+
+
+def exit_with_parent() -> None:
+    """Have the kernel send us SIGTERM when our parent ends (prctl(2))."""
+    parent = os.getppid()
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
+        raise Error("--exit-with-parent: " + os.strerror(ctypes.get_errno()))
+    if os.getppid() != parent:
+        raise Error("--exit-with-parent: the parent has ended already")
+
+
+class Privileges:
+    """The user and group to become, looked up at the start; Error if there is none such."""
+
+    def __init__(self, user: str | None, group: str | None) -> None:
+        self.uid: int | None = None
+        self.gid: int | None = None
+        self._groups: list[int] = []
+        if user is not None:
+            try:
+                entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
+                self.uid, self.gid = entry.pw_uid, entry.pw_gid
+                self._groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
+            except KeyError:
+                if not user.isdecimal():
+                    raise Error(f"{user}: no such user; give -u another") from None
+                self.uid = int(user)
+        if group is not None:
+            try:
+                self.gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+            except KeyError:
+                raise Error(f"{group}: no such group; give -g another") from None
+
+    def drop(self) -> None:
+        """Become them for good; Error if we may not."""
+        try:
+            if self.gid is not None:
+                os.setgroups(self._groups or [self.gid])
+                os.setgid(self.gid)
+            if self.uid is not None:
+                os.setuid(self.uid)
+        except OSError as exc:
+            raise Error(f"-u/-g: {exc.strerror}; start as root to change the user") from None
+
+
+class PidFile:
+    """Opened while we still may, written when clients can connect; it stays, as nbdkit's does."""
+
+    def __init__(self, path: str | None) -> None:
+        self._fd = None
+        if path is not None:
+            try:
+                self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as exc:
+                raise Error(f"{path}: {exc.strerror}; give -P another file") from None
+
+    def write(self) -> None:
+        if self._fd is not None:
+            os.ftruncate(self._fd, 0)
+            os.write(self._fd, b"%d\n" % os.getpid())
+            os.close(self._fd)
+            self._fd = None
+
+
+def notify(state: str) -> None:
+    """Tell the service manager, if there is one (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address[:1] not in ("/", "@"):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+        except OSError:
+            pass  # its loss is not ours

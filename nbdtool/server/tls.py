@@ -1,0 +1,103 @@
+"""TLS of the server: X.509 from a directory of PEM files, or pre-shared keys."""
+
+from __future__ import annotations
+
+import argparse
+import hmac
+import os
+import ssl
+from pathlib import Path
+
+from nbdtool.errors import Error
+
+# nbdkit's names first, then libvirt's
+_CA = ("ca-cert.pem", "cacert.pem", "CA/cacert.pem")
+_CERTIFICATE = ("server-cert.pem", "servercert.pem", "libvirt/servercert.pem")
+_KEY = (
+    "server-key.pem",
+    "private/serverkey.pem",
+    "serverkey.pem",
+    "libvirt/private/serverkey.pem",
+)
+_CRL = ("ca-crl.pem", "cacrl.pem", "CA/cacrl.pem")
+
+
+def context(args: argparse.Namespace) -> ssl.SSLContext:
+    """What --tls and its options ask for; Error if files are missing or unusable."""
+    result = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    result.minimum_version = ssl.TLSVersion.TLSv1_2
+    # The client's name is no matter of the server's; its certificate is, with --tls-verify-peer.
+    result.check_hostname = False
+    if args.tls_psk is not None:
+        _add_psk(result, args.tls_psk)
+    else:
+        _add_certificates(result, args)
+    return result
+
+
+def _add_certificates(result: ssl.SSLContext, args: argparse.Namespace) -> None:
+    folder = _folder(args.tls_certificates)
+    certificate, key = _first(folder, _CERTIFICATE), _first(folder, _KEY)
+    try:
+        result.load_cert_chain(certificate, key, password=lambda: b"")
+        if args.tls_verify_peer:
+            result.load_verify_locations(_first(folder, _CA))
+            result.verify_mode = ssl.CERT_REQUIRED
+            for name in _CRL:
+                if (folder / name).is_file():
+                    result.load_verify_locations(folder / name)
+                    result.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
+                    break
+    except (OSError, ValueError) as exc:
+        reason = getattr(exc, "reason", None) or exc
+        raise Error(f"{folder}: certificate or key can't be used: {reason}") from None
+
+
+def _folder(given: str | None) -> Path:
+    if given is not None:
+        if not Path(given).is_dir():
+            raise Error(f"{given}: not a directory of certificates; see --tls-certificates")
+        return Path(given)
+    places = [Path("/etc/pki/nbdtool"), Path("/etc/pki/nbdkit")]
+    if os.geteuid() and "HOME" in os.environ:
+        home = Path(os.environ["HOME"])
+        places = [home / ".pki" / "nbdtool", home / ".pki" / "nbdkit", *places]
+    for place in places:
+        if any((place / name).is_file() for name in _CERTIFICATE):
+            return place
+    raise Error("--tls: no certificates found; name their directory with --tls-certificates")
+
+
+def _first(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise Error(f"{folder}: has no {names[0]} (nor {' or '.join(names[1:])})")
+
+
+def _add_psk(result: ssl.SSLContext, path: str) -> None:
+    """Keys of a psktool(1) file: a line `user:hexadecimal key` each."""
+    if not getattr(ssl, "HAS_PSK", False):
+        raise Error("--tls-psk: this Python has none; run nbdtool with Python 3.13, or use X.509")
+    keys: dict[str, bytes] = {}
+    try:
+        for line in Path(path).read_text().splitlines():
+            user, colon, key = line.strip().rpartition(":")
+            if colon:
+                keys[user] = bytes.fromhex(key)
+    except (OSError, ValueError) as exc:
+        raise Error(f"{path}: {exc}; psktool(1) makes such a file") from None
+    if not keys:
+        raise Error(f"{path}: holds no key; psktool(1) makes one")
+    refused = os.urandom(32)
+
+    def key_of(identity: str | None) -> bytes:
+        found = refused
+        for user, key in keys.items():
+            if hmac.compare_digest(user.encode(), (identity or "").encode()):
+                found = key
+        return found
+
+    result.maximum_version = ssl.TLSVersion.TLSv1_2  # OpenSSL's callback knows no TLS 1.3
+    result.set_ciphers("PSK")
+    result.set_psk_server_callback(key_of)  # type: ignore[attr-defined]
