@@ -1,0 +1,1 @@
+"""How nbdtool compares with its peers: `make bench`, or `python -m bench [ROW ...]`."""
