@@ -6,13 +6,9 @@ import contextlib
 import errno
 import fcntl
 import os
-import signal
 import stat
 import struct
-import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from types import FrameType
 from typing import Union
 
 from nbdtool.disk import (
@@ -45,11 +41,11 @@ def write_disk(disk: Disk, target: str) -> None:
     """Write a disk to `target`: a path, or "-" for standard output. Raises Error.
 
     A regular file appears, or takes the place of an old one, only once it is complete and on stable
-    storage: neither a failure nor a signal leaves a part of it. What is not regular is written in
-    place. SIGTERM and SIGHUP raise SystemExit where they would have killed the process at once.
+    storage: neither a failure nor a kill leaves a part of it. What isn't regular is written in
+    place.
     """
     name = "standard output" if target == "-" else target
-    with _exit_on_signals(), Progress("writing", disk.size) as progress, _naming(name):
+    with Progress("writing", disk.size) as progress, _naming(name):
         if target == "-":
             _copy(disk, _standard_output(), progress)
             return
@@ -359,7 +355,7 @@ def _link(fd: int, directory: int, name: str) -> None:
     os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
-# Descriptors, failures and signals
+# Paths, descriptors and failures
 
 
 def _file_type(path: str) -> int:
@@ -394,23 +390,3 @@ def _naming(name: str) -> Iterator[None]:
 def _source_error(error: OSError) -> Error:
     text = error.strerror or str(error)
     return Error(f"{os.fsdecode(error.filename)}: {text}" if error.filename else text)
-
-
-@contextlib.contextmanager
-def _exit_on_signals() -> Iterator[None]:
-    """Leave by SystemExit where a signal would end the process without a chance to clean up."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    changed = []
-    if threading.current_thread() is threading.main_thread():
-        for number in signal.SIGTERM, signal.SIGHUP:
-            if signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, leave)
-                changed.append(number)
-    try:
-        yield
-    finally:
-        for number in changed:
-            signal.signal(number, signal.SIG_DFL)

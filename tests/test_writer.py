@@ -7,7 +7,6 @@ import contextlib
 import errno
 import os
 import random
-import signal
 import stat
 import subprocess
 import sys
@@ -365,18 +364,6 @@ class TestAppearance:
 
         with pytest.raises(KeyboardInterrupt):
             writer.write_disk(Interrupted([b"x" * (5 * MIB)]), str(target))
-        assert self.unharmed(target, old)
-
-    def test_terminated(self, target: Path, old: bytes | None) -> None:
-        class Terminated(SpanDisk):
-            def read(self, offset: int, length: int) -> list[Span]:
-                os.kill(os.getpid(), signal.SIGTERM)
-                return super().read(offset, length)
-
-        with pytest.raises(SystemExit) as status:
-            writer.write_disk(Terminated([b"x" * (5 * MIB)]), str(target))
-        assert status.value.code == 128 + signal.SIGTERM
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         assert self.unharmed(target, old)
 
     def test_rename_fails(
