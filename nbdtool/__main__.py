@@ -56,6 +56,9 @@ def _run(argv: list[str]) -> int:
         return 0
     if command is None:
         raise errors.UsageError(f"which source? One of {', '.join(cli.COMMANDS)}; see --help")
+    if getattr(args, "list", False):
+        print(cli.command_module(command).listing(args), end="")
+        return 0
     for number in (signal.SIGTERM, signal.SIGQUIT):
         signal.signal(number, _interrupted)
     if args.to_file is not None:

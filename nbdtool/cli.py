@@ -60,7 +60,7 @@ class _Formatter(argparse.HelpFormatter):
 
 def build_parser(command: str | None = None, *, with_layers: bool = True) -> Parser:
     """The parser of one subcommand, or of what all have in common."""
-    module = _module(command) if command else None
+    module = command_module(command) if command else None
     what = "COMMAND"
     if module is not None:
         magic = getattr(module, "MAGIC", "")
@@ -92,12 +92,13 @@ def build_parser(command: str | None = None, *, with_layers: bool = True) -> Par
     return parser
 
 
-def _module(command: str) -> ModuleType:
-    if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, 1)
+def command_module(name: str) -> ModuleType:
+    """The module of a subcommand; UsageError if there is none."""
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
         known = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        raise UsageError(f"{command}: no such subcommand; {known}")
-    return importlib.import_module(f"nbdtool.commands.{command}")
+        raise UsageError(f"{name}: no such subcommand; {known}")
+    return importlib.import_module(f"nbdtool.commands.{name}")
 
 
 def _layers() -> list[ModuleType]:
@@ -329,7 +330,7 @@ def _near(name: str, parser: Parser) -> str:
 def open_disks(command: str, args: argparse.Namespace) -> dict[str, Disk]:
     """Open the source and put the layers on it, each export apart."""
     chain = _chain(args)
-    disks: dict[str, Disk] = _module(command).open(args)
+    disks: dict[str, Disk] = command_module(command).open(args)
     try:
         for layer, value in chain:
             for name in disks:
@@ -374,7 +375,7 @@ def print_help(command: str | None, args: argparse.Namespace) -> None:
     if command is None:
         print("\nsubcommands (nbdtool --help COMMAND tells more):")
         for name in COMMANDS:
-            print(f"  {name:<12}{_module(name).SUMMARY}")
+            print(f"  {name:<12}{command_module(name).SUMMARY}")
 
 
 def print_config() -> None:
