@@ -111,7 +111,7 @@ def test_nothing_but_the_standard_library_is_needed_to_load_a_module() -> None:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules = [node.module or ""]
             else:
                 continue
