@@ -37,9 +37,9 @@ def assemble(directory: Path) -> Path:
     )
     for name in "pyproject.toml", "README.md", "LICENSE":
         shutil.copy(SOURCE / name, source / name)
-    shiv = [sys.executable, "-m", "shiv", "-o", archive, "-e", "nbdtool.__main__:main"]
-    pip = ["--quiet", "--no-deps", "--no-build-isolation", "--no-compile", source]
-    carried = ["-r", TOOLS / "carried.txt"]
+    shiv = [sys.executable, "-m", "shiv", "-o", str(archive), "-e", "nbdtool.__main__:main"]
+    pip = ["--quiet", "--no-deps", "--no-build-isolation", "--no-compile", str(source)]
+    carried = ["-r", str(TOOLS / "carried.txt")]
     subprocess.run([*shiv, *pip, *carried], check=True)
     return archive
 
