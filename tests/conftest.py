@@ -135,7 +135,8 @@ class Server:
 
     def wait_until_ready(self, timeout: float = 60) -> None:
         deadline = time.monotonic() + timeout
-        while not (self.directory / "pid").exists():
+        pid_file = self.directory / "pid"
+        while not (pid_file.exists() and pid_file.read_text()):
             assert self.process.poll() is None, f"nbdtool ended: {self.log()}"
             assert time.monotonic() < deadline, f"nbdtool is not ready: {self.log()}"
             time.sleep(0.01)
