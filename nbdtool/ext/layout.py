@@ -1,0 +1,401 @@
+"""The layout of a tree as an ext2, ext3 or ext4 filesystem.
+
+Order: superblock and descriptors, bitmaps and inode tables (in each group, or with flex_bg at the
+start of each 16) | directories, long symlinks, extended attributes | journal | contents of files |
+extent or indirect blocks | free. What lies between the bars is given out in this order from the
+runs of blocks that the groups leave free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from nbdtool.errors import Error
+from nbdtool.ext import structures as s
+from nbdtool.ext.directory import build
+from nbdtool.ext.geometry import Piece
+from nbdtool.ext.groups import Groups, Usage, derive, superblock, superblock_groups
+from nbdtool.ext.journal import journal_superblock
+from nbdtool.ext.mapping import (
+    IndirectBlocks,
+    extent_tree,
+    extent_tree_blocks,
+    indirect_blocks,
+    split_extents,
+)
+from nbdtool.ext.sizing import Options, choose
+from nbdtool.ext.tree import Tree
+
+_PADDING = 1  # the owner of what is allocated and zero
+# i_blocks, i_flags and i_block of a file that is one extent
+_ONE_EXTENT = struct.Struct("<II4xHHHHIIHHI").pack_into
+# i_blocks, i_flags (none) and i_block of a file of so many blocks in one run
+_DIRECT = [struct.Struct(f"<I8x{n}I").pack_into for n in range(s.DIRECT_BLOCKS + 1)]
+_WORD = struct.Struct("<I")
+
+
+class Layout:
+    """A filesystem as regions: starts, owners and places are those of `Regions` in disks/regions.
+
+    starts are in bytes from the start of the filesystem and every gap is a region of its own;
+    owners above 0 are indices (plus 1) of `memory`, those below 0 are ~inode.
+    """
+
+    def __init__(self, tree: Tree, options: Options) -> None:
+        """Error: the tree can't be held, for a reason that the text gives."""
+        self._tree = tree
+        self._options = options
+        self._shift = options.block_size.bit_length() - 1
+        self.memory: list[Any] = [b""]
+        self._starts = array("Q")
+        self._lengths = array("Q")
+        self._owners = array("i")
+        self._places = array("Q")
+        self._mapped: list[tuple[int, list[Piece]]] = []  # what isn't mapped at once
+        self._index = 0  # how many of the free blocks are given out
+
+        blob, directories, _ = build(tree, options.block_size)
+        reachable = tree.reachable()
+        self._regular: Iterable[int] = tree.regular
+        targets = tree.targets
+        dead: set[int] = set()
+        if reachable is not None:
+            self._regular = [ino for ino in tree.regular if ino in reachable]
+            targets = {ino: target for ino, target in targets.items() if ino in reachable}
+            dead = set(range(s.FIRST, len(tree.names))) - reachable
+            for ino in dead:
+                tree.inodes[ino << 8 : ino + 1 << 8] = bytes(s.INODE_SIZE)
+        self._check_targets(targets)
+        self._segments = self._block_segments()
+        data = sum(directory.blocks for directory in directories) + len(targets)
+        data += self._count_files()
+        mapping = self._count_mapping([directory.blocks for directory in directories])
+        last = len(tree.names) - 1
+        self.geometry, journal = choose(options, last, data + mapping)
+        self.uuid = options.uuid or self._derive_uuid(blob)
+
+        owner = self._remember(blob)
+        for ino, blocks, start, end in directories:
+            self._map(ino, self._put(owner, start, end, blocks))
+        if targets:
+            joined = b"".join(targets.values())
+            owner = self._remember(joined)
+            at = 0
+            for ino, target in targets.items():
+                self._map(ino, self._put(owner, at, at + len(target), 1))
+                at += len(target)
+        if journal:
+            self._place_journal(journal)
+        self._place_files()
+        self._place_mapping()
+        self._place_groups(Usage(0, last, dead, [directory.ino for directory in directories]))
+        self._finish()
+
+    # ---- what there is
+
+    def _check_targets(self, targets: dict[int, bytes]) -> None:
+        for ino, target in targets.items():
+            if len(target) >= self._options.block_size:
+                raise Error(
+                    f"{self._shown(ino)}: the symlink is too long for a filesystem with blocks of"
+                    f" {self._options.block_size} bytes: use a larger --block-size"
+                )
+
+    def _block_segments(self) -> dict[int, list[tuple[int, int, int]]]:
+        """The data of sparse files as (first block, blocks, place), joined."""
+        shift = self._shift
+        found = {}
+        for ino, segments in self._tree.segments.items():
+            joined: list[tuple[int, int, int]] = []
+            for offset, length, place in segments:
+                first = offset >> shift
+                end = -(-(offset + length) >> shift)
+                place -= offset - (first << shift)
+                if joined and joined[-1][0] + joined[-1][1] >= first:
+                    first = joined[-1][0]
+                    place = joined.pop()[2]
+                joined.append((first, end - first, place))
+            found[ino] = joined
+        return found
+
+    def _count_files(self) -> int:
+        """The blocks of all regular files; Error if one is too large for the format."""
+        ends, places, segments = self._tree.ends, self._tree.places, self._segments
+        shift, mask = self._shift, self._options.block_size - 1
+        self._large: list[tuple[int, int]] = []  # inode, blocks: what needs more than i_block
+        simple = s.EXTENT_MAX_BLOCKS if self._options.extents else s.DIRECT_BLOCKS
+        total = 0
+        for ino in self._regular:
+            blocks = ends[ino] - places[ino] + mask >> shift
+            if blocks > simple:
+                self._large.append((ino, blocks))
+                self._check_size(ino, blocks)
+            if ino in segments:
+                blocks = sum(count for _, count, _ in segments[ino])
+            total += blocks
+        return total
+
+    def _check_size(self, ino: int, blocks: int) -> None:
+        size = self._options.block_size
+        if self._options.extents:
+            if blocks >= 1 << 32:
+                raise Error(f"{self._shown(ino)}: too large for ext4 with blocks of {size} bytes")
+            return
+        per_block = size // 4
+        longest = s.DIRECT_BLOCKS + per_block + per_block**2 + per_block**3
+        allocated = blocks
+        if ino in self._segments:
+            allocated = sum(count for _, count, _ in self._segments[ino])
+        allocated += allocated // per_block + 4
+        if blocks > longest or allocated << self._shift >= 1 << 41:
+            raise Error(
+                f"{self._shown(ino)}: too large for {self._options.type} with blocks of {size}"
+                " bytes: use type=ext4"
+            )
+
+    def _count_mapping(self, directories: Sequence[int]) -> int:
+        """The blocks of extent trees (at most) or of indirect blocks."""
+        size = self._options.block_size
+        segments = self._segments
+        if self._options.extents:
+            # a file is split by what is longer than an extent and where groups' metadata lie
+            total = 8
+            for ino, blocks in self._large:
+                if ino not in segments:
+                    total += extent_tree_blocks(blocks // 8192 + 4, size)
+            for pieces in segments.values():
+                if len(pieces) > 1 or (pieces and pieces[0][1] > s.EXTENT_MAX_BLOCKS):
+                    count = sum(blocks // 8192 for _, blocks, _ in pieces)
+                    total += extent_tree_blocks(len(pieces) + count + 4, size)
+            return total
+        total = 0
+        for ino, blocks in self._large:
+            pieces = segments.get(ino, [(0, blocks, 0)])
+            total += indirect_blocks([Piece(first, 0, n) for first, n, _ in pieces], size)
+        for blocks in directories:
+            if blocks > s.DIRECT_BLOCKS:
+                total += indirect_blocks([Piece(0, 0, blocks)], size)
+        return total
+
+    def _derive_uuid(self, blob: bytearray) -> bytes:
+        digest = hashlib.sha256(self._tree.inodes)
+        digest.update(blob)
+        digest.update(repr(self._options).encode())
+        return derive(digest.digest(), "filesystem")
+
+    # ---- giving out blocks
+
+    def _remember(self, data: Any) -> int:
+        """The owner number of a piece of memory."""
+        self.memory.append(data)
+        return len(self.memory)
+
+    def _add(self, block: int, blocks: int, owner: int, place: int = 0) -> None:
+        self._starts.append(block << self._shift)
+        self._lengths.append(blocks << self._shift)
+        self._owners.append(owner)
+        self._places.append(place)
+
+    def _take(self, blocks: int, first: int = 0) -> list[Piece]:
+        pieces = self.geometry.pieces(self._index, blocks, first)
+        self._index += blocks
+        return pieces
+
+    def _put(self, owner: int, start: int, end: int, blocks: int) -> list[Piece]:
+        """Give blocks to the bytes [start, end) of memory; what is past the end is zero."""
+        pieces = self._take(blocks)
+        for _, block, count in pieces:
+            length = min(end - start, count << self._shift)
+            self._starts.append(block << self._shift)
+            self._lengths.append(length)
+            self._owners.append(owner)
+            self._places.append(start)
+            start += length
+            if length < count << self._shift:
+                self._starts.append((block << self._shift) + length)
+                self._lengths.append((count << self._shift) - length)
+                self._owners.append(_PADDING)
+                self._places.append(0)
+        return pieces
+
+    def _map(self, ino: int, pieces: list[Piece]) -> None:
+        """Map an inode's blocks, at once if i_block holds the mapping."""
+        at = (ino << 8) + s.I_BLOCKS_LO
+        if len(pieces) == 1 and pieces[0].first == 0:
+            _, start, blocks = pieces[0]
+            sectors = blocks << self._shift - 9
+            if self._options.extents:
+                if blocks <= s.EXTENT_MAX_BLOCKS:
+                    _ONE_EXTENT(
+                        self._tree.inodes,
+                        at,
+                        sectors,
+                        s.EXTENTS_FL,
+                        *(s.EXTENT_MAGIC, 1, 4, 0, 0, 0, blocks, 0, start),
+                    )
+                    return
+            elif blocks <= s.DIRECT_BLOCKS:
+                _DIRECT[blocks](self._tree.inodes, at, sectors, *range(start, start + blocks))
+                return
+        self._mapped.append((ino, pieces))
+
+    def _place_journal(self, blocks: int) -> None:
+        head = journal_superblock(blocks, self._options.block_size, bytes(16))
+        owner = self._remember(head)
+        pieces = self._take(blocks)
+        self._add(pieces[0].start, 1, owner)  # the rest is zero: a hole
+        time = self._options.time * 1_000_000_000
+        self._tree.put(s.JOURNAL, 0o100600, 0, 0, blocks << self._shift, time, time, time)
+        self._map(s.JOURNAL, pieces)
+
+    def _place_files(self) -> None:
+        """Give blocks to the contents of regular files: the hot loop of the layout."""
+        tree = self._tree
+        inodes, ends, places = tree.inodes, tree.ends, tree.places
+        segments = self._segments
+        geometry = self.geometry
+        shift, mask = self._shift, self._options.block_size - 1
+        extents = self._options.extents
+        simple = s.EXTENT_MAX_BLOCKS if extents else s.DIRECT_BLOCKS
+        add_start, add_length = self._starts.append, self._lengths.append
+        add_owner, add_place = self._owners.append, self._places.append
+        block, left = geometry.run(self._index)
+        for ino in self._regular:
+            place = places[ino]
+            blocks = ends[ino] - place + mask >> shift
+            if blocks <= left and blocks <= simple and ino not in segments:
+                add_start(block << shift)
+                add_length(blocks << shift)
+                add_owner(~ino)
+                add_place(place)
+                at = (ino << 8) + s.I_BLOCKS_LO
+                if extents:
+                    _ONE_EXTENT(
+                        inodes,
+                        at,
+                        blocks << shift - 9,
+                        s.EXTENTS_FL,
+                        s.EXTENT_MAGIC,
+                        1,
+                        4,
+                        0,
+                        0,
+                        0,
+                        blocks,
+                        0,
+                        block,
+                    )
+                else:
+                    _DIRECT[blocks](inodes, at, blocks << shift - 9, *range(block, block + blocks))
+                block += blocks
+                left -= blocks
+                self._index += blocks
+                continue
+            pieces = []
+            for first, count, start in segments.get(ino, ((0, blocks, place),)):
+                at = start
+                for piece in self._take(count, first):
+                    self._add(piece.start, piece.blocks, ~ino, at)
+                    at += piece.blocks << shift
+                    pieces.append(piece)
+            if pieces:
+                self._map(ino, pieces)
+            block, left = geometry.run(self._index)
+
+    def _place_mapping(self) -> None:
+        """Map what i_block alone can't, in blocks after all data."""
+        if self._options.extents:
+            blob = bytearray()
+            owner = self._remember(blob)
+
+            def place(block: bytes) -> int:
+                piece = self._put(owner, len(blob), len(blob) + len(block), 1)[0]
+                blob.extend(block)
+                return piece.start
+
+            for ino, pieces in self._mapped:
+                root, used = extent_tree(split_extents(pieces), self._options.block_size, place)
+                self._set_mapping(ino, root, used, pieces)
+            return
+        base = self._index
+        indirect = IndirectBlocks(
+            self._options.block_size, lambda index: self.geometry.run(base + index)[0]
+        )
+        for ino, pieces in self._mapped:
+            root, used = indirect.add(pieces)
+            self._set_mapping(ino, root, used, pieces)
+        if indirect.count:
+            self._put(self._remember(indirect), 0, len(indirect), indirect.count)
+
+    def _set_mapping(self, ino: int, root: bytes, used: int, pieces: list[Piece]) -> None:
+        inodes = self._tree.inodes
+        at = ino << 8
+        sectors = used + sum(piece.blocks for piece in pieces) << self._shift - 9
+        inodes[at + s.I_BLOCKS_LO : at + s.I_BLOCKS_LO + 4] = _WORD.pack(sectors & 0xFFFFFFFF)
+        inodes[at + s.I_BLOCKS_HIGH : at + s.I_BLOCKS_HIGH + 2] = _WORD.pack(sectors >> 32)[:2]
+        inodes[at + s.I_BLOCK : at + s.I_BLOCK + len(root)] = root
+
+    # ---- the groups
+
+    def _place_groups(self, usage: Usage) -> None:
+        geometry = self.geometry
+        shift = self._shift
+        groups = Groups(geometry, usage._replace(block=geometry.run(self._index)[0]))
+        bitmaps = self._remember(groups.bitmaps)
+        table = self._remember(memoryview(self._tree.inodes)[s.INODE_SIZE :])
+        per_group = geometry.inodes_per_group
+        for group in range(geometry.groups):
+            self._add(geometry.block_bitmaps[group], 1, bitmaps, groups.block_bitmaps[group])
+            self._add(geometry.inode_bitmaps[group], 1, bitmaps, groups.inode_bitmaps[group])
+            count = min(usage.inodes - group * per_group, per_group)
+            if count > 0:
+                blocks = -(-(count << s.INODE_SHIFT) >> shift)
+                place = group * per_group << s.INODE_SHIFT
+                self._add(geometry.inode_tables[group], blocks, table, place)
+        descriptors = self._remember(groups.descriptors)
+        journal = None
+        if self._options.has_journal:
+            inode = s.INODE.unpack(self._tree.inodes, s.JOURNAL << s.INODE_SHIFT)
+            journal = inode.i_block + struct.pack("<II", inode.i_size_high, inode.i_size_lo)
+        for group in superblock_groups(geometry):
+            data = superblock(geometry, groups, self._options, self.uuid, journal, group)
+            if group == 0 and geometry.first_data_block == 0:
+                data = bytes(s.SUPERBLOCK_OFFSET) + data
+            start = geometry.group_start(group)
+            self._add(start, 1, self._remember(data))
+            self._add(start + 1, geometry.descriptor_blocks, descriptors)
+
+    # ---- the table of regions
+
+    def _finish(self) -> None:
+        """Sort the regions and make the gaps regions."""
+        self.size = self.geometry.blocks << self._shift
+        starts, lengths = self._starts, self._lengths
+        self.starts = array("Q")
+        self.owners = array("i")
+        self.places = array("Q")
+        end = 0
+        for index in sorted(range(len(starts)), key=starts.__getitem__):
+            start = starts[index]
+            if start != end:
+                assert start > end, "regions overlap"
+                self.starts.append(end)
+                self.owners.append(0)
+                self.places.append(0)
+            self.starts.append(start)
+            self.owners.append(self._owners[index])
+            self.places.append(self._places[index])
+            end = start + lengths[index]
+        assert end <= self.size, "regions past the end"
+        if end < self.size:
+            self.starts.append(end)
+            self.owners.append(0)
+            self.places.append(0)
+        del self._starts, self._lengths, self._owners, self._places
+
+    def _shown(self, ino: int) -> str:
+        return self._tree.path(ino).decode(errors="backslashreplace")

@@ -1,0 +1,288 @@
+"""A directory of the host: scanned once, its files opened when their data is read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Optional
+
+from nbdtool.disk import SpanFile, Stamp
+from nbdtool.errors import Error
+from nbdtool.ext.structures import ROOT, encode_device
+from nbdtool.ext.tree import Tree
+
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class HostTree:
+    """A directory of the host as an origin of a tree's nodes.
+
+    Files are opened one path component at a time, relative to the directory that was scanned and
+    without following a symlink, so that no change of the tree can lead outside it.
+    """
+
+    def __init__(self, path: str, tree: Tree) -> None:
+        """Error: no such directory, or not one."""
+        self.path = path
+        self._tree = tree
+        self._number = len(tree.origins)
+        tree.origins.append(self)
+        try:
+            # the directory that the user names may be a symlink
+            root = os.open(path, _OPEN_DIRECTORY & ~os.O_NOFOLLOW)
+        except OSError as error:
+            raise Error(f"{path}: {_reason(error)}") from None
+        limit = _raise_descriptor_limit()
+        self._root = SpanFile(root, path)
+        self._directories: _Recent = _Recent(max(4, min(limit // 32, 256)))
+        self._files: _Recent = _Recent(max(4, min(limit // 8, 4096)))
+        self._stamps: dict[int, int] = {}  # by inode number: where in the next two
+        self._identities = array("Q")  # device, inode
+        self._changes = array("q")  # mtime, ctime
+        self.unreadable: list[str] = []
+
+    def scan(self) -> None:
+        """Add the directory to the tree. Error names what can't be read."""
+        tree = self._tree
+        with _working_directory():
+            st = os.fstat(self._root.fd)
+            tree.set_root(
+                st.st_mode, st.st_uid, st.st_gid, st.st_atime_ns, st.st_ctime_ns, st.st_mtime_ns
+            )
+            pending = [ROOT]
+            links: dict[tuple[int, int], int] = {}
+            while pending:
+                found = self._scan_directory(pending.pop(), links)
+                found.reverse()
+                pending += found
+        if self.unreadable:
+            raise Error(_summary("can't be read", self.unreadable))
+
+    def _scan_directory(self, parent: int, links: dict[tuple[int, int], int]) -> list[int]:
+        """Add what is in a directory; return its directories, in order."""
+        tree = self._tree
+        add = tree.add
+        number = self._number
+        lstat = os.lstat
+        listxattr = os.listxattr
+        # who isn't root finds out now, not when a client reads
+        check = os.geteuid() != 0
+        directories: list[int] = []
+        try:
+            os.fchdir(self._directory(parent).fd)
+            names = os.listdir(b".")
+        except OSError as error:
+            self.unreadable.append(f"{self._shown(parent)}: {_reason(error)}")
+            return directories
+        names.sort()
+        for name in names:
+            try:
+                st = lstat(name)
+                mode, inode, device, nlink, uid, gid, size = st[:7]
+                kind = mode & 0o170000
+                content = b""
+                if nlink > 1 and kind != stat.S_IFDIR:
+                    known = links.get((device, inode))
+                    if known is not None:
+                        tree.link(parent, name, known)
+                        continue
+                if kind == stat.S_IFREG:
+                    if check and not os.access(name, os.R_OK, effective_ids=True):
+                        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                elif kind == stat.S_IFLNK:
+                    content = os.readlink(name)
+                elif kind == stat.S_IFBLK or kind == stat.S_IFCHR:
+                    content = encode_device(os.major(st.st_rdev), os.minor(st.st_rdev))
+                    size = 0
+                else:
+                    size = 0
+                attributes = listxattr(name, follow_symlinks=False)
+                ino = add(
+                    parent,
+                    name,
+                    mode,
+                    uid,
+                    gid,
+                    size,
+                    st.st_atime_ns,
+                    st.st_ctime_ns,
+                    st.st_mtime_ns,
+                    content,
+                    number,
+                )
+                if kind == stat.S_IFDIR:
+                    directories.append(ino)
+                elif nlink > 1:
+                    links[device, inode] = ino
+                    tree.linked.add(ino)
+                if kind == stat.S_IFREG and size:
+                    self._stamps[ino] = len(self._changes)
+                    self._identities.extend((device, inode))
+                    self._changes.extend((st.st_mtime_ns, st.st_ctime_ns))
+                    if st.st_blocks << 9 < size:
+                        self._find_holes(ino, name, size)
+                if attributes:
+                    self._read_attributes(ino, name, attributes)
+            except FileNotFoundError:
+                continue  # it was removed since it was listed
+            except (OSError, ValueError) as error:
+                self.unreadable.append(f"{self._shown(parent, name)}: {_reason(error)}")
+        return directories
+
+    def _find_holes(self, ino: int, name: bytes, size: int) -> None:
+        """Note which ranges of a sparse file hold data."""
+        file = SpanFile(_open_file(name, None), "")
+        segments = []
+        end = 0
+        while end < size:
+            try:
+                start = os.lseek(file.fd, end, os.SEEK_DATA)
+                end = min(os.lseek(file.fd, start, os.SEEK_HOLE), size)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # no data up to the end
+                    break
+                raise
+            if start >= size:
+                break
+            segments.append((start, end - start, start))
+        if segments != [(0, size, 0)]:
+            self._tree.segments[ino] = segments
+
+    def _read_attributes(self, ino: int, name: bytes, attributes: list[str]) -> None:
+        pass
+
+    def open(self, ino: int) -> SpanFile:
+        """A file of the tree, if it is still what was scanned; OSError (EIO) naming it if not."""
+        file = self._files.get(ino)
+        if file is None:
+            file = self._files.put(ino, self._open(ino))
+        return file
+
+    def verify_access(self) -> list[str]:
+        """The files that can't be opened any more, each with the reason."""
+        failures = []
+        for ino in self._stamps:
+            try:
+                self.open(ino)
+            except OSError as error:
+                failures.append(str(error.strerror))
+        return failures
+
+    def _open(self, ino: int) -> SpanFile:
+        tree = self._tree
+        name = self._shown(ino)
+        at = self._stamps[ino]
+        device, inode = self._identities[at : at + 2]
+        mtime, ctime = self._changes[at : at + 2]
+        stamp = Stamp(device, inode, tree.ends[ino], mtime, ctime)
+        try:
+            fd = _open_file(tree.names[ino], self._directory(tree.parents[ino]).fd)
+        except OSError as error:
+            raise OSError(errno.EIO, f"{name}: {_reason(error)}") from None
+        file = SpanFile(fd, name, stamp)
+        file.check()
+        return file
+
+    def _directory(self, ino: int) -> SpanFile:
+        """An open directory of the tree, found from the nearest ancestor that is open."""
+        missing = []
+        directory: Optional[SpanFile] = None
+        while directory is None:
+            directory = self._root if ino == ROOT else self._directories.get(ino)
+            if directory is None:
+                missing.append(ino)
+                ino = self._tree.parents[ino]
+        for ino in reversed(missing):
+            name = self._tree.names[ino]
+            fd = _open_unnoticed(name, _OPEN_DIRECTORY, directory.fd)
+            directory = self._directories.put(ino, SpanFile(fd, ""))
+        return directory
+
+    def _shown(self, ino: int, name: Optional[bytes] = None) -> str:
+        """The path of a node in the host, for messages."""
+        path = self._tree.path(ino)
+        if name is not None:
+            path = path + b"/" + name if path else name
+        text = os.fsdecode(os.path.join(os.fsencode(self.path), path) if path else self.path)
+        return text if text.isprintable() else ascii(text)
+
+
+class _Recent:
+    """The values used last: between `limit` and twice as many; safe with threads.
+
+    There are two generations. The younger one becomes the older one when it is full, and what is
+    found in the older one moves to the younger, so that a hit costs one look-up and no lock.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._young: dict[int, SpanFile] = {}
+        self._old: dict[int, SpanFile] = {}
+
+    def get(self, key: int) -> Optional[SpanFile]:
+        value = self._young.get(key)
+        if value is None:
+            value = self._old.get(key)
+            if value is not None:
+                self.put(key, value)
+        return value
+
+    def put(self, key: int, value: SpanFile) -> SpanFile:
+        if len(self._young) >= self._limit:
+            self._old, self._young = self._young, {}
+        self._young[key] = value
+        return value
+
+
+@contextmanager
+def _working_directory() -> Iterator[None]:
+    """Come back to the working directory afterwards."""
+    here = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
+
+
+def _open_unnoticed(name: bytes, flags: int, directory: Optional[int]) -> int:
+    """Open without touching the access time, which only the owner may ask for."""
+    try:
+        return os.open(name, flags | os.O_NOATIME, dir_fd=directory)
+    except PermissionError:
+        return os.open(name, flags, dir_fd=directory)
+
+
+def _open_file(name: bytes, directory: Optional[int]) -> int:
+    fd = _open_unnoticed(name, _OPEN_FILE, directory)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EIO, "is no regular file any more")
+    return fd
+
+
+def _raise_descriptor_limit() -> int:
+    """Allow as many descriptors as this process may have; return how many those are."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else 1 << 20
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)
+
+
+def _summary(what: str, items: list[str]) -> str:
+    """One line for a list of failures: the first ten and how many there are."""
+    rest = f", and {len(items) - 10} more" if len(items) > 10 else ""
+    return f"{len(items)} of the files {what}: " + "; ".join(items[:10]) + rest
