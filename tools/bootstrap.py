@@ -1,6 +1,5 @@
 """The zipapp's __main__: says which Python is needed, in words that older ones understand too."""
 
-import os
 import sys
 
 if sys.version_info < (3, 9):
@@ -8,8 +7,6 @@ if sys.version_info < (3, 9):
         "nbdtool: error: Python 3.9 or newer is needed, and this is Python %d.%d: "
         "run it as `python3.9 %s ...`" % (sys.version_info[0], sys.version_info[1], sys.argv[0])
     )
-
-sys.path[0] = os.path.abspath(sys.path[0])
 
 from nbdtool.__main__ import main
 
