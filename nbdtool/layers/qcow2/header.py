@@ -23,6 +23,8 @@ COMPRESSION = 1 << 3
 EXTENDED_L2 = 1 << 4
 _KNOWN = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2
 
+_RAW_DATA_FILE = 1 << 1  # autoclear_features
+
 ZLIB, ZSTD = 0, 1  # compression_type
 _COMPRESSIONS = {ZLIB: "zlib", ZSTD: "zstd"}
 _ENCRYPTIONS = {1: "AES", 2: "LUKS"}
@@ -137,8 +139,10 @@ def _parse(disk: Disk) -> Header:
         raise _Bad(f"encryption method {encryption} is unknown")
     if features & EXTENDED_L2 and cluster_bits < 14:
         raise _Bad("extended L2 entries need clusters of 16 KiB or more")
-    if not 0 < refcount_clusters << cluster_bits <= _MAX_REFCOUNTS or refcounts_at % cluster_size:
-        raise _Bad("the table of reference counts is too long, or not where one can be")
+    if not 0 < refcount_clusters << cluster_bits <= _MAX_REFCOUNTS:
+        raise _Bad(f"a table of reference counts of {refcount_clusters} clusters is impossible")
+    if refcounts_at % cluster_size or refcounts_at >= disk.size:
+        raise _Bad(f"a table of reference counts at byte {refcounts_at} is impossible")
     header = Header(
         version=version,
         cluster_bits=cluster_bits,
@@ -166,7 +170,7 @@ def _version_3(disk: Disk, cluster_size: int) -> tuple[int, int, int]:
     if disk.size < _V2.size + _V3.size:
         raise _Bad("the qcow2 header is cut off")
     fields = _V3.unpack(read_bytes(disk, _V2.size, _V3.size))
-    features, _, _, refcount_order, header_length = fields
+    features, _, autoclear, refcount_order, header_length = fields
     if not _V2.size + _V3.size <= header_length <= min(cluster_size, disk.size):
         raise _Bad(f"a header of {header_length} bytes is impossible")
     if header_length % 8:
@@ -180,6 +184,8 @@ def _version_3(disk: Disk, cluster_size: int) -> tuple[int, int, int]:
         raise _Bad(f"compression type {compression} is unknown (zlib and zstd are known)")
     if (compression != ZLIB) != bool(features & COMPRESSION):
         raise _Bad("the compression type contradicts its feature bit")
+    if autoclear & _RAW_DATA_FILE and not features & DATA_FILE:
+        raise _Bad("it is said to have a raw data file, and no data file")
     return features, header_length, compression
 
 
@@ -188,11 +194,11 @@ def _extensions(area: bytes) -> dict[int, bytes]:
     at = 0
     while len(area) - at >= 8:
         kind, length = struct.unpack_from(">II", area, at)
-        if kind == _END:
-            break
         at += 8
         if length > len(area) - at:
             raise _Bad(f"header extension {kind:#010x} is longer than its cluster")
+        if kind == _END:
+            break
         found[kind] = area[at : at + length]
         at += -(-length // 8) * 8
     return found
@@ -246,8 +252,8 @@ def _snapshots(disk: Disk, header: Header) -> list[Snapshot]:
     if header.snapshots_count > _MAX_SNAPSHOTS:
         raise _Bad(f"{header.snapshots_count} snapshots (at most {_MAX_SNAPSHOTS} are allowed)")
     start = at = header.snapshots_offset
-    if at % (1 << header.cluster_bits):
-        raise _Bad("it is not where a cluster begins")
+    if at % (1 << header.cluster_bits) or at >= disk.size:
+        raise _Bad(f"it can't be at byte {at}")
 
     def take(length: int) -> bytes:
         nonlocal at
