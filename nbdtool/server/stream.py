@@ -21,6 +21,7 @@ Buffer = Union[bytes, bytearray, memoryview]
 
 _IOV_MAX = 1024
 _PIECE = 1 << 20
+_TRIES = 50  # of a receive, some 50 us, before sleeping: waking up takes as long
 
 
 class Dropped(Exception):
@@ -43,8 +44,8 @@ class Stream:
         """How long a transfer may go without progress."""
         raise NotImplementedError
 
-    def recv_into(self, view: memoryview) -> int:
-        """Read at least one byte into view, and say how many."""
+    def recv_into(self, view: memoryview, *, soon: bool = False) -> int:
+        """Read at least one byte into view, and say how many; `soon` if they are under way."""
         raise NotImplementedError
 
     def send(self, buffers: Sequence[Buffer], length: int, *, more: bool = False) -> None:
@@ -101,8 +102,14 @@ class SocketStream(Stream):
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
-    def recv_into(self, view: memoryview) -> int:
+    def recv_into(self, view: memoryview, *, soon: bool = False) -> int:
         try:
+            if soon:
+                for _ in range(_TRIES):
+                    try:
+                        return self.sock.recv_into(view, 0, socket.MSG_DONTWAIT) or _end()
+                    except BlockingIOError:
+                        pass
             return self.sock.recv_into(view) or _end()
         except BlockingIOError:
             raise Stalled("the client sends nothing") from None
@@ -162,7 +169,7 @@ class TLSStream(Stream):
     def set_patience(self, seconds: float) -> None:
         self.sock.settimeout(max(seconds, 0.001))
 
-    def recv_into(self, view: memoryview) -> int:
+    def recv_into(self, view: memoryview, *, soon: bool = False) -> int:
         try:
             return self.sock.recv_into(view) or _end()
         except TimeoutError:
@@ -211,7 +218,7 @@ class PipeStream(Stream):
         if not poll.poll(self._patience * 1000):
             raise Stalled("the client makes no progress")
 
-    def recv_into(self, view: memoryview) -> int:
+    def recv_into(self, view: memoryview, *, soon: bool = False) -> int:
         self._wait(self._in, select.POLLIN)
         try:
             return os.readv(self._in, [view]) or _end()
@@ -257,7 +264,7 @@ class Inbox:
             view[:rest] = bytes(view[self.start : self.end])
             self.start, self.end = 0, rest
         while self.end - self.start < need:
-            self.end += self.stream.recv_into(view[self.end :])
+            self.end += self.stream.recv_into(view[self.end :], soon=self.end > self.start)
 
     def take(self, length: int) -> memoryview:
         """The next `length` (at most SIZE) bytes, valid until the next call of this object."""
@@ -272,7 +279,7 @@ class Inbox:
         view[:done] = self.view[self.start : self.start + done]
         self.start += done
         while done < len(view):
-            done += self.stream.recv_into(view[done:])
+            done += self.stream.recv_into(view[done:], soon=True)
 
     def drain(self, length: int) -> None:
         """Throw away the next `length` bytes, of any number."""
