@@ -25,13 +25,27 @@ SERVERS = ("nbdtool", "nbdkit file", "qemu-nbd")
 
 
 @contextlib.contextmanager
-def serve_all(
+def reading(
     directory: Path, image: Path, servers: tuple[str, ...] = SERVERS, *options: str
 ) -> Iterator[dict[str, str]]:
-    """Each server serves the image; their URIs by name."""
+    """Each server serves the same image, read-only; their URIs by name."""
+    with serve_all(directory, dict.fromkeys(servers, image), "-r", *options) as uris:
+        yield uris
+
+
+@contextlib.contextmanager
+def writing(directory: Path, size: int) -> Iterator[dict[str, str]]:
+    """Each server serves an image of its own, full of data; their URIs by name."""
+    images = {server: random_file(directory / f"image of {server}", size) for server in SERVERS}
+    with serve_all(directory, images) as uris:
+        yield uris
+
+
+@contextlib.contextmanager
+def serve_all(directory: Path, images: dict[str, Path], *options: str) -> Iterator[dict[str, str]]:
     with contextlib.ExitStack() as stack:
         uris = {}
-        for number, server in enumerate(servers):
+        for number, (server, image) in enumerate(images.items()):
             path = directory / f"socket{number}"
             stack.enter_context(serving(command(server, image, path, *options), path))
             uris[server] = uri(directory, path.name)
@@ -46,7 +60,7 @@ def copy_row(connections: int) -> None:
     )
     def copy(directory: Path) -> Iterator[Race]:
         image = random_file(directory / "image", GIB)
-        with serve_all(directory, image) as uris:
+        with reading(directory, image) as uris:
             contestants: dict[str, Measure] = {
                 server: partial(seconds, "nbdcopy", f"--connections={connections}", uri, "null:")
                 for server, uri in uris.items()
@@ -62,8 +76,7 @@ def copy_row(connections: int) -> None:
 )
 def copy_into(directory: Path) -> Iterator[Race]:
     source = random_file(directory / "source", GIB)
-    target = random_file(directory / "target", GIB)
-    with serve_all(directory, target) as uris:
+    with writing(directory, GIB) as uris:
         yield Race(
             SECONDS,
             {server: partial(seconds, "nbdcopy", source, uri) for server, uri in uris.items()},
@@ -82,7 +95,7 @@ def copy_sparse(directory: Path) -> Iterator[Race]:
         for number in range(100):
             file.seek(number * GIB)
             file.write(BLOCK)
-    with serve_all(directory, image) as uris:
+    with reading(directory, image) as uris:
         yield Race(
             SECONDS,
             {server: partial(seconds, "nbdcopy", uri, "null:") for server, uri in uris.items()},
@@ -94,7 +107,7 @@ def copy_tls(directory: Path) -> Iterator[Race]:
     image = random_file(directory / "image", GIB)
     certificates = make_certificates(directory / "pki")
     options = ("--tls=require", f"--tls-certificates={certificates}")
-    with serve_all(directory, image, SERVERS[:2], *options) as uris:
+    with reading(directory, image, SERVERS[:2], *options) as uris:
         yield Race(
             SECONDS,
             {
@@ -133,8 +146,11 @@ def fio_row(mode: str, depth: int, goal: float) -> None:
         {"nbdkit file": faster(goal)} if goal else None,
     )
     def requests(directory: Path) -> Iterator[Race]:
-        image = random_file(directory / "image", GIB)
-        with serve_all(directory, image) as uris:
+        if mode == "randread":
+            servers = reading(directory, random_file(directory / "image", GIB))
+        else:
+            servers = writing(directory, GIB)
+        with servers as uris:
             yield Race(
                 RATE, {server: partial(fio, uri, mode, depth) for server, uri in uris.items()}
             )
@@ -143,7 +159,7 @@ def fio_row(mode: str, depth: int, goal: float) -> None:
 @row("fio-read-4x16", "fio, 4 KiB random reads, 4 connections at depth 16")
 def fio_connections(directory: Path) -> Iterator[Race]:
     image = random_file(directory / "image", GIB)
-    with serve_all(directory, image) as uris:
+    with reading(directory, image) as uris:
         yield Race(
             RATE,
             {server: partial(fio, uri, "randread", 16, jobs=4) for server, uri in uris.items()},
