@@ -6,24 +6,21 @@ system call for many requests. Specification: doc/proto.md, section "Transmissio
 
 from __future__ import annotations
 
-import errno
 import sys
 from array import array
-from collections.abc import Sequence
 from itertools import islice
-from struct import Struct
 from typing import Callable, Union
 
 from nbdtool import protocol as p
-from nbdtool.disk import ZEROES, Disk, FileSpan, Span, ZeroSpan, merge_extents, span_length
+from nbdtool.disk import Disk, FileSpan, Span, ZeroSpan, merge_extents
 from nbdtool.server.budget import Budget
 from nbdtool.server.handshake import Session
-from nbdtool.server.stream import Buffer, Dropped, Ended, Stalled
+from nbdtool.server.replies import SENDFILE_MIN, Replies, reason
+from nbdtool.server.stream import Dropped, Ended, Stalled
 
 PATIENCE = 30.0  # seconds that a started transfer may go without progress
 
-_SMALL = 64 << 10  # bytes: up to here pread and a shared sendmsg, above sendfile and a budget
-_HOLE_MIN = 4096  # fewer zeroes are sent as data: a chunk of its own costs more
+_SMALL = SENDFILE_MIN  # bytes: a request of up to this many asks for no budget
 
 # The flags that a command takes beside FUA, where the export allows them
 _FLAGS = {
@@ -35,10 +32,6 @@ _FLAGS = {
     p.CMD_WRITE_ZEROES: p.CMD_FLAG_NO_HOLE | p.CMD_FLAG_FAST_ZERO,
     p.CMD_BLOCK_STATUS: p.CMD_FLAG_REQ_ONE,
 }
-
-# The whole header of a read's only chunk: DONE, OFFSET_DATA
-_STRUCTURED_DATA = Struct(p.STRUCTURED_REPLY.format + "Q")
-_EXTENDED_DATA = Struct(p.EXTENDED_REPLY.format + "Q")
 
 Handler = Callable[[int, int, int, int], None]
 Log = Callable[[str, Union[BaseException, None]], None]
@@ -70,8 +63,7 @@ class Transmission:
         self._header = p.EXTENDED_REQUEST if session.extended else p.REQUEST
         self._budget = budget
         self._log = log
-        self._out: list[Buffer] = []
-        self._queued = 0  # bytes in _out
+        self._replies = Replies(self._stream, session.structured, session.extended)
         self._kept = bytearray()  # a payload buffer that is used again
         self._commands: dict[int, Handler] = {
             p.CMD_READ: self._read,
@@ -100,16 +92,16 @@ class Transmission:
                     raise Dropped("a request without its magic number")
                 inbox.start += header
                 if command == p.CMD_DISC:
-                    self._send()
+                    self._replies.send()
                     return
                 if command or flags or not 0 < length <= small or offset + length > size:
                     self._answer(flags, command, cookie, offset, length)
                 else:
                     quick_read(cookie, offset, length)
-                if self._queued >= budget.share:
-                    self._send()
-            if self._queued:
-                self._send()
+                if self._replies.queued >= budget.share:
+                    self._replies.send()
+            if self._replies.queued:
+                self._replies.send()
             if self._stopping() and inbox.start == inbox.end:
                 return
             self.idle = inbox.start == inbox.end
@@ -133,7 +125,10 @@ class Transmission:
             if command == p.CMD_READ and inside:
                 ranges.append((offset, length))
         if len(ranges) > 1:
-            self._disk.prefetch(ranges)
+            try:
+                self._disk.prefetch(ranges)
+            except OSError as exc:
+                self._log(reason(exc), None)  # the reads will fail with it, if they do
 
     # Requests
 
@@ -146,24 +141,24 @@ class Transmission:
                 or offset + length > self._size
                 or self._minimum > 1
             ) and not self._check(flags, command, offset, length):
-                self._done(cookie, command)
+                self._replies.success(cookie, offset, read=command == p.CMD_READ)
                 return
             self._commands[command](flags, cookie, offset, length)
         except Invalid as invalid:
-            self._fail(cookie, command, *invalid.args)
+            self._replies.failure(cookie, offset, *invalid.args)
         except Dropped:
             raise
         except Exception as exc:
-            self._failed(exc, flags, command, cookie)
+            self._failed(exc, flags, cookie, offset)
 
-    def _failed(self, exc: Exception, flags: int, command: int, cookie: int) -> None:
+    def _failed(self, exc: Exception, flags: int, cookie: int, offset: int) -> None:
         """The disk raised exc."""
         if isinstance(exc, OSError):
-            self._log(_reason(exc), None)
-            self._fail(cookie, command, p.nbd_error(exc.errno, flags), _reason(exc))
+            self._log(reason(exc), None)
+            self._replies.failure(cookie, offset, p.nbd_error(exc.errno, flags), reason(exc))
         else:
             self._log(f"a fault in nbdtool: {exc!r}", exc)
-            self._fail(cookie, command, p.EIO, "a fault in the server")
+            self._replies.failure(cookie, offset, p.EIO, "a fault in the server")
 
     def _check(self, flags: int, command: int, offset: int, length: int) -> bool:
         """Whether there is anything to do; Invalid if the request is not allowed."""
@@ -215,55 +210,43 @@ class Transmission:
     def _drain(self, length: int) -> None:
         if length > 0xFFFFFFFF:
             raise Dropped(f"a payload of {length} bytes")
-        self._send()
+        self._replies.send()
         self._inbox.drain(length)
 
     def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        if length <= _SMALL:
-            spans = self._disk.read(offset, length)
-            self._reply(flags, cookie, offset, length, [_loaded(span) for span in spans])
-            return
-        with self._budget.take(length, self._send):
-            spans = self._disk.read(offset, length)
-            self._reply(flags, cookie, offset, length, [_loaded(span) for span in spans])
-            if self._queued >= self._budget.share:
-                self._send()
+        whole = bool(flags & p.CMD_FLAG_DF)
+        with self._budget.take(length if length > _SMALL else 0, self._replies.send):
+            parts = [_loaded(span) for span in self._disk.read(offset, length)]
+            failure = self._replies.data(cookie, offset, length, parts, whole=whole)
+            if failure:
+                self._log(reason(failure), None)
+            if self._replies.queued >= self._budget.share:
+                self._replies.send()
 
     def _quick_read(self, cookie: int, offset: int, length: int) -> None:
-        """What _answer, _read and _reply do with a plain small read, in fewer steps."""
+        """What _answer and _read do with a plain small read, in fewer steps."""
         try:
-            parts: list[Span] = [
+            parts = [
                 span.file.pread(span.offset, span.length) if type(span) is FileSpan else span
                 for span in self._disk.read(offset, length)
             ]
         except Exception as exc:
-            self._failed(exc, 0, p.CMD_READ, cookie)
+            self._failed(exc, 0, cookie, offset)
             return
         data = parts[0]
         if len(parts) > 1 or isinstance(data, (ZeroSpan, FileSpan)):
-            self._reply(0, cookie, offset, length, parts)
-            return
-        if self._extended:
-            header = _EXTENDED_DATA.pack(
-                p.EXTENDED_REPLY_MAGIC, 1, 1, cookie, offset, length + 8, offset
-            )
-        elif self._structured:
-            header = _STRUCTURED_DATA.pack(
-                p.STRUCTURED_REPLY_MAGIC, 1, 1, cookie, length + 8, offset
-            )
+            self._replies.data(cookie, offset, length, parts, whole=False)
         else:
-            header = p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie)
-        self._out += header, data
-        self._queued += len(header) + length
+            self._replies.small_data(cookie, offset, data)
 
     def _write(self, flags: int, cookie: int, offset: int, length: int) -> None:
         if length <= _SMALL:
             if self._inbox.end - self._inbox.start < length:
-                self._send()
+                self._replies.send()
             self._disk.write(offset, self._inbox.take(length))
         else:
-            self._send()
-            with self._budget.take(length, self._send):
+            self._replies.send()
+            with self._budget.take(length, self._replies.send):
                 if len(self._kept) < length:
                     self._kept = bytearray(length)
                 with memoryview(self._kept)[:length] as payload:
@@ -271,34 +254,34 @@ class Transmission:
                     self._disk.write(offset, payload)
                 if len(self._kept) > self._budget.share:
                     self._kept = bytearray()
-        self._written(flags, cookie, p.CMD_WRITE)
+        self._written(flags, cookie, offset)
 
     def _trim(self, flags: int, cookie: int, offset: int, length: int) -> None:
         self._disk.trim(offset, length)
-        self._written(flags, cookie, p.CMD_TRIM)
+        self._written(flags, cookie, offset)
 
     def _write_zeroes(self, flags: int, cookie: int, offset: int, length: int) -> None:
         punch = not flags & p.CMD_FLAG_NO_HOLE
         self._disk.zero(offset, length, punch=punch, fast=bool(flags & p.CMD_FLAG_FAST_ZERO))
-        self._written(flags, cookie, p.CMD_WRITE_ZEROES)
+        self._written(flags, cookie, offset)
 
-    def _written(self, flags: int, cookie: int, command: int) -> None:
+    def _written(self, flags: int, cookie: int, offset: int) -> None:
         if flags & p.CMD_FLAG_FUA:
             self._disk.flush()
-        self._done(cookie, command)
+        self._replies.success(cookie, offset)
 
     def _flush(self, flags: int, cookie: int, offset: int, length: int) -> None:
         self._disk.flush()
-        self._done(cookie, p.CMD_FLUSH)
+        self._replies.success(cookie, offset)
 
     def _cache(self, flags: int, cookie: int, offset: int, length: int) -> None:
         self._disk.prefetch([(offset, min(length, p.MAX_PAYLOAD))])
-        self._done(cookie, p.CMD_CACHE)
+        self._replies.success(cookie, offset)
 
     def _block_status(self, flags: int, cookie: int, offset: int, length: int) -> None:
         most = 1 if flags & p.CMD_FLAG_REQ_ONE else p.MAX_EXTENTS
         extents = islice(merge_extents(self._disk.extents(offset, length)), most)
-        with self._budget.take(min(length // 32, 16 * most), self._send):
+        with self._budget.take(min(length // 32, 16 * most), self._replies.send):
             values = array("Q" if self._extended else "I")
             for extent in extents:
                 values.extend(extent)
@@ -311,149 +294,15 @@ class Transmission:
                 type_ = p.REPLY_TYPE_BLOCK_STATUS_EXT
             else:
                 head, type_ = p.BLOCK_STATUS_HEAD.pack(1), p.REPLY_TYPE_BLOCK_STATUS
-            self._chunk(p.REPLY_FLAG_DONE, type_, cookie, offset, head, data)
-            if self._queued >= self._budget.share:
-                self._send()
-
-    # Replies
-
-    def _done(self, cookie: int, command: int) -> None:
-        """Success without data."""
-        if self._extended or (self._structured and command == p.CMD_READ):
-            self._chunk(p.REPLY_FLAG_DONE, p.REPLY_TYPE_NONE, cookie, 0)
-        else:
-            self._put(p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie))
-
-    def _fail(
-        self, cookie: int, command: int, error: int, message: str, offset: int | None = None
-    ) -> None:
-        if not self._structured:
-            self._put(p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, error, cookie))
-            return
-        text = p.text(message)
-        parts = [p.ERROR.pack(error, len(text)), text]
-        type_ = p.REPLY_TYPE_ERROR
-        if offset is not None and command not in (p.CMD_FLUSH, p.CMD_DISC):
-            type_ = p.REPLY_TYPE_ERROR_OFFSET
-            parts.append(p.OFFSET.pack(offset))
-        self._chunk(p.REPLY_FLAG_DONE, type_, cookie, offset or 0, *parts)
-
-    def _reply(
-        self, flags: int, cookie: int, offset: int, length: int, parts: Sequence[Span]
-    ) -> None:
-        """The data of a read, all of which can be had."""
-        if not self._structured:
-            self._put(p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie))
-            failure = self._put_parts(parts)
-            if failure:
-                raise Dropped(_reason(failure))
-            return
-        runs: list[tuple[bool, int, int, Sequence[Span]]] = [(False, offset, length, parts)]
-        if not flags & p.CMD_FLAG_DF and ZeroSpan in map(type, parts):
-            runs = _runs(offset, parts)
-        for n, (hole, at, size, run) in enumerate(runs, 1):
-            done = p.REPLY_FLAG_DONE * (n == len(runs))
-            if hole:
-                data = p.OFFSET_HOLE.pack(at, size)
-                self._chunk(done, p.REPLY_TYPE_OFFSET_HOLE, cookie, offset, data)
-                continue
-            uncertain = length > _SMALL and FileSpan in map(type, run)
-            self._chunk(
-                0 if uncertain else done,
-                p.REPLY_TYPE_OFFSET_DATA,
-                cookie,
-                offset,
-                p.OFFSET.pack(at),
-                follows=size,
-            )
-            failure = self._put_parts(run)
-            if failure:
-                # The chunk went out whole, padded with zeroes; this takes it back.
-                reason = _reason(failure)
-                self._log(reason, None)
-                self._fail(cookie, p.CMD_READ, p.nbd_error(failure.errno), reason, at)
-                return
-            if uncertain and done:
-                self._chunk(done, p.REPLY_TYPE_NONE, cookie, offset)
-
-    def _chunk(
-        self, flags: int, type_: int, cookie: int, offset: int, *parts: bytes, follows: int = 0
-    ) -> None:
-        """A chunk of parts, and of `follows` bytes more that the caller puts."""
-        length = sum(map(len, parts)) + follows
-        if self._extended:
-            header = p.EXTENDED_REPLY.pack(
-                p.EXTENDED_REPLY_MAGIC, flags, type_, cookie, offset, length
-            )
-        else:
-            header = p.STRUCTURED_REPLY.pack(p.STRUCTURED_REPLY_MAGIC, flags, type_, cookie, length)
-        self._put(b"".join((header, *parts)))
-
-    def _put(self, data: Buffer) -> None:
-        self._out.append(data)
-        self._queued += len(data)
-
-    def _put_parts(self, parts: Sequence[Span]) -> OSError | None:
-        """Put all of parts; a file that fails is padded with zeroes, and its failure returned."""
-        failure = None
-        for part in parts:
-            if isinstance(part, ZeroSpan):
-                self._put_zeroes(part.length)
-            elif isinstance(part, FileSpan):
-                failure = self._put_file(part) or failure
-            else:
-                self._put(part)
-        return failure
-
-    def _put_zeroes(self, length: int) -> None:
-        while length:
-            piece = ZEROES[:length]
-            self._put(piece)
-            length -= len(piece)
-
-    def _put_file(self, span: FileSpan) -> OSError | None:
-        self._send(more=True)
-        sent = self._stream.sendfile(span.file, span.offset, span.length)
-        try:
-            span.file.check()
-            if sent < span.length:
-                where = span.offset + sent
-                raise OSError(errno.EIO, f"{span.file.name}: can't be read on at byte {where}")
-        except OSError as exc:
-            self._put_zeroes(span.length - sent)
-            return exc
-        return None
-
-    def _send(self, *, more: bool = False) -> None:
-        if self._queued:
-            out, queued = self._out, self._queued
-            self._out, self._queued = [], 0
-            self._stream.send(out, queued, more=more)
-
-
-def _reason(exc: OSError) -> str:
-    return exc.strerror or str(exc)
+            self._replies.chunk(p.REPLY_FLAG_DONE, type_, cookie, offset, head, data)
+            if self._replies.queued >= self._budget.share:
+                self._replies.send()
 
 
 def _loaded(span: Span) -> Span:
     """What a reply can be made of: small file ranges as bytes, large ones checked."""
     if type(span) is FileSpan:
-        if span.length <= _SMALL:
+        if span.length <= SENDFILE_MIN:
             return span.file.pread(span.offset, span.length)
         span.file.check()
     return span
-
-
-def _runs(offset: int, parts: Sequence[Span]) -> list[tuple[bool, int, int, Sequence[Span]]]:
-    """Parts as runs of data and of zeroes worth a chunk: (is a hole, offset, length, parts)."""
-    runs: list[tuple[bool, int, int, Sequence[Span]]] = []
-    for part in parts:
-        length = span_length(part)
-        hole = type(part) is ZeroSpan and (length >= _HOLE_MIN or len(parts) == 1)
-        if runs and runs[-1][0] == hole:
-            _, at, before, run = runs[-1]
-            runs[-1] = (hole, at, before + length, [*run, part])
-        else:
-            runs.append((hole, offset, length, [part]))
-        offset += length
-    return runs
