@@ -55,7 +55,15 @@ class TestEach:
         frame = compress(plain[:SIZE])
         damaged = frame[:99] + bytes([frame[99] ^ 255]) + frame[100:]
         checksum = frame[:-1] + bytes([frame[-1] ^ 1])
-        for data in damaged, checksum, frame[:-1], frame[: len(frame) // 2], frame[:4], b"", b"x" * 99:
+        for data in (
+            damaged,
+            checksum,
+            frame[:-1],
+            frame[: len(frame) // 2],
+            frame[:4],
+            b"",
+            b"x" * 99,
+        ):
             with pytest.raises(OSError, match="zstd"):
                 zstd.decompress_frame(data, SIZE)
         for size in SIZE - 1, SIZE + 1:
