@@ -219,7 +219,7 @@ class CowDisk(Disk):
             return
         start, stop = self._whole(offset, length)
         for at, end in (offset, start), (stop, offset + length):
-            if at < end and self._states[at // self._block] != _ZERO:
+            if at < end and any(state != _ZERO for state, *_ in self._runs(at, end - at)):
                 super().zero(at, end - at, punch=False, fast=False)
         self._discard(start, stop)
 

@@ -58,7 +58,7 @@ class BrokenSource(SpanDisk):
 
 
 @pytest.mark.parametrize("block", [4 * KIB, 64 * KIB, 2 * MIB])
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_random_operations(tmp_path: Path, block: int, seed: int) -> None:
     source = mixed_disk(tmp_path, seed, scale=200_000)
     before = source.content()
@@ -66,7 +66,8 @@ def test_random_operations(tmp_path: Path, block: int, seed: int) -> None:
     generator = random.Random(seed)
     for _ in range(600):
         offset = generator.randrange(disk.size)
-        length = min(1 + int(300_000 ** generator.random()), disk.size - offset)
+        longest = generator.choice((300_000, 2 * block))
+        length = min(1 + int(longest ** generator.random()), disk.size - offset)
         if generator.random() < 0.3:
             offset -= offset % 4096
         end = offset + length
@@ -201,6 +202,14 @@ def test_punched_overlay_gives_space_back() -> None:
     disk.zero(0, 8 * MIB, punch=True, fast=True)
     assert used() <= 64 * KIB
     assert content(disk) == bytes(8 * MIB)
+
+
+def test_last_block_is_whole_though_it_is_short() -> None:
+    disk = CowDisk(SpanDisk([b"s" * (100 * KIB)]), 64 * KIB)
+    disk.write(99 * KIB, memoryview(b"x"))
+    disk.trim(64 * KIB, 36 * KIB)
+    assert os.fstat(disk._file.fd).st_blocks == 0
+    assert content(disk) == b"s" * (64 * KIB) + bytes(36 * KIB)
 
 
 def test_zeroes_of_the_source_take_no_space() -> None:
