@@ -44,8 +44,11 @@ class Stream:
         """How long a transfer may go without progress."""
         raise NotImplementedError
 
-    def recv_into(self, view: memoryview, *, soon: bool = False) -> int:
-        """Read at least one byte into view, and say how many; `soon` if they are under way."""
+    def recv_into(self, view: memoryview, *, soon: bool = False, fully: bool = False) -> int:
+        """Read at least one byte into view, and say how many.
+
+        soon: they are under way, to sleep would take longer; fully: try to fill view.
+        """
         raise NotImplementedError
 
     def send(self, buffers: Sequence[Buffer], length: int, *, more: bool = False) -> None:
@@ -102,7 +105,7 @@ class SocketStream(Stream):
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
-    def recv_into(self, view: memoryview, *, soon: bool = False) -> int:
+    def recv_into(self, view: memoryview, *, soon: bool = False, fully: bool = False) -> int:
         try:
             if soon:
                 for _ in range(_TRIES):
@@ -110,7 +113,7 @@ class SocketStream(Stream):
                         return self.sock.recv_into(view, 0, socket.MSG_DONTWAIT) or _end()
                     except BlockingIOError:
                         pass
-            return self.sock.recv_into(view) or _end()
+            return self.sock.recv_into(view, 0, socket.MSG_WAITALL * fully) or _end()
         except BlockingIOError:
             raise Stalled("the client sends nothing") from None
         except OSError as exc:
@@ -169,7 +172,7 @@ class TLSStream(Stream):
     def set_patience(self, seconds: float) -> None:
         self.sock.settimeout(max(seconds, 0.001))
 
-    def recv_into(self, view: memoryview, *, soon: bool = False) -> int:
+    def recv_into(self, view: memoryview, *, soon: bool = False, fully: bool = False) -> int:
         try:
             return self.sock.recv_into(view) or _end()
         except TimeoutError:
@@ -218,7 +221,7 @@ class PipeStream(Stream):
         if not poll.poll(self._patience * 1000):
             raise Stalled("the client makes no progress")
 
-    def recv_into(self, view: memoryview, *, soon: bool = False) -> int:
+    def recv_into(self, view: memoryview, *, soon: bool = False, fully: bool = False) -> int:
         self._wait(self._in, select.POLLIN)
         try:
             return os.readv(self._in, [view]) or _end()
@@ -279,7 +282,7 @@ class Inbox:
         view[:done] = self.view[self.start : self.start + done]
         self.start += done
         while done < len(view):
-            done += self.stream.recv_into(view[done:], soon=True)
+            done += self.stream.recv_into(view[done:], fully=True)
 
     def drain(self, length: int) -> None:
         """Throw away the next `length` bytes, of any number."""
