@@ -92,9 +92,10 @@ class Replies:
         """
         if not self._structured:
             self._put(p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie))
-            failure = self._put_parts(parts)
-            if failure:
-                raise Dropped(reason(failure))
+            for part in parts:
+                failure = self._put_parts([part])
+                if failure:  # what comes behind it must not be sent
+                    raise Dropped(reason(failure)) from failure
             return None
         runs: list[Run] = [(False, offset, length, parts)]
         if not whole and ZeroSpan in map(type, parts):

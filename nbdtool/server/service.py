@@ -116,6 +116,8 @@ class Service:
             debug(f"{peer}: disconnected")
         except Dropped as exc:
             debug(f"{peer}: dropped: {exc}")
+            if exc.__cause__:  # a failure of the disk that could not be answered
+                self.warn(str(exc))
         except Exception as exc:
             self.warn(f"{peer}: a fault in nbdtool: {exc!r}", exc)
         finally:

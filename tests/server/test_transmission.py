@@ -539,6 +539,34 @@ def test_a_file_that_was_truncated(
         assert any(str(image) in text for text in running.warnings)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_behind_a_failed_part_is_taken_for_good(
+    random_file: Callable[..., Path], tmp_path: Path, mode: str
+) -> None:
+    first = FileDisk(str(random_file(tmp_path / "first", MIB)))
+    second = FileDisk(str(random_file(tmp_path / "second", MIB)))
+
+    class Both(Disk):
+        size = 2 * MIB
+
+        def read(self, offset: int, length: int) -> list[Span]:
+            return first.read(0, MIB) + second.read(0, MIB)
+
+    with harness(Both()) as running:
+        client = running.client(mode=mode)
+        os.truncate(tmp_path / "first", 1000)
+        client.request(wire.READ, 0, 2 * MIB)
+        if mode == "simple":
+            with pytest.raises(EOFError) as end:
+                client.answer()
+            assert str(end.value).startswith("1000 of")
+        else:
+            answer = client.answer()
+            assert answer.error == wire.EIO
+            assert "first" in answer.text
+        assert any("first" in text for text in running.warnings)
+
+
 class Scanned(Disk):
     """A file which was looked at before, and has to be as it was."""
 
