@@ -175,7 +175,7 @@ class TLSStream(Stream):
     def recv_into(self, view: memoryview, *, soon: bool = False, fully: bool = False) -> int:
         try:
             return self.sock.recv_into(view) or _end()
-        except TimeoutError:
+        except socket.timeout:  # Python 3.9's is no TimeoutError
             raise Stalled("the client sends nothing") from None
         except OSError as exc:
             raise Ended(str(exc)) from None
@@ -183,7 +183,7 @@ class TLSStream(Stream):
     def send(self, buffers: Sequence[Buffer], length: int, *, more: bool = False) -> None:
         try:
             self.sock.sendall(buffers[0] if len(buffers) == 1 else b"".join(buffers))
-        except TimeoutError:
+        except socket.timeout:
             raise Stalled("the client takes no data") from None
         except OSError as exc:
             raise Ended(str(exc)) from None
