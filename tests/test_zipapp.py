@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,12 @@ def test_archive_holds_modules_and_licences_and_nothing_of_the_build(zipapp: Pat
     assert names == sorted(names)
     assert {"__main__.py", "nbdtool/__main__.py", "nbdtool/disk.py"} <= set(names)
     assert all(name.endswith((".py", "/LICENSE")) for name in names)
+    lines = (ROOT / "tools/carried.txt").read_text().splitlines()
+    carried = {line.partition("==")[0] for line in lines if not line.startswith("#")}
+    packages = {name.partition("/")[0] for name in names if name.endswith(".py") and "/" in name}
+    assert packages == {"nbdtool"} | carried
+    for package in carried:
+        assert any(re.match(rf"{package}-.*\.dist-info/LICENSE$", name) for name in names)
     assert {info.date_time for info in infos} == {(1980, 1, 1, 0, 0, 0)}
     for folder in ROOT, Path(tempfile.gettempdir()) / "nbdtool-build", Path.home():
         assert os.fsencode(folder) + b"/" not in data
