@@ -55,7 +55,8 @@ def _run(argv: list[str]) -> int:
         cli.print_config()
         return 0
     if command is None:
-        raise errors.UsageError(f"which source? One of {', '.join(cli.COMMANDS)}; see --help")
+        names = ", ".join(cli.command_names())
+        raise errors.UsageError(f"which source? One of {names}; see --help")
     if getattr(args, "list", False):
         print(cli.command_module(command).listing(args), end="")
         return 0

@@ -8,11 +8,10 @@ the whole as one list.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
-import pkgutil
 import re
 import sys
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -21,8 +20,6 @@ from nbdtool.disk import Disk
 from nbdtool.errors import UsageError
 
 _KEY_VALUE = re.compile(r"([A-Za-z][\w.-]*)=(.*)", re.DOTALL)
-
-COMMANDS = tuple(sorted(module.name for module in pkgutil.iter_modules(commands.__path__)))
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,20 +89,33 @@ def build_parser(command: str | None = None, *, with_layers: bool = True) -> Par
     return parser
 
 
+def _members(package: ModuleType) -> list[str]:
+    """The names of a package's modules, in order."""
+    import pkgutil  # slow to load, and seldom needed
+
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def command_names() -> list[str]:
+    """The subcommands."""
+    return _members(commands)
+
+
 def command_module(name: str) -> ModuleType:
     """The module of a subcommand; UsageError if there is none."""
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        raise UsageError(f"{name}: no such subcommand; {known}")
-    return importlib.import_module(f"nbdtool.commands.{name}")
+    try:
+        if name.isidentifier():
+            return importlib.import_module(f"nbdtool.commands.{name}")
+    except ModuleNotFoundError as exc:
+        if exc.name != f"nbdtool.commands.{name}":
+            raise
+    near = _close(name, command_names(), 0.6)
+    known = f"did you mean {near}?" if near else f"there are {', '.join(command_names())}"
+    raise UsageError(f"{name}: no such subcommand; {known}")
 
 
 def _layers() -> list[ModuleType]:
-    modules = (
-        importlib.import_module(f"nbdtool.layers.{found.name}")
-        for found in pkgutil.iter_modules(layers.__path__)
-    )
+    modules = (importlib.import_module(f"nbdtool.layers.{name}") for name in _members(layers))
     return [module for module in modules if hasattr(module, "OPTION")]
 
 
@@ -236,7 +246,7 @@ def _find_command(parser: Parser, argv: list[str]) -> int | None:
             known = "=" in word or action is not None
             takes_value = action is not None and action.nargs is None
             unknown_value = (
-                not known and argv[at + 1 : at + 2] != [] and (argv[at + 1] not in COMMANDS)
+                not known and argv[at + 1 : at + 2] != [] and (argv[at + 1] not in command_names())
             )
             skip = takes_value or unknown_value
         else:
@@ -318,10 +328,16 @@ def _normalise(parser: Parser, words: list[str]) -> list[str] | None:
 
 
 def _near(name: str, parser: Parser) -> str:
-    near = difflib.get_close_matches(name, parser._option_string_actions, 1, 0.5)
-    if not near:
+    near = _close(name, parser._option_string_actions, 0.5)
+    if near is None:
         return f"; see {parser.prog} --help"
-    return f"; did you mean {near[0][2:] + '=' if near[0][2:] in parser.keys else near[0]}?"
+    return f"; did you mean {near[2:] + '=' if near[2:] in parser.keys else near}?"
+
+
+def _close(name: str, known: Iterable[str], likeness: float) -> str | None:
+    import difflib  # slow to load, and seldom needed
+
+    return next(iter(difflib.get_close_matches(name, list(known), 1, likeness)), None)
 
 
 # What the command line asks for
@@ -374,7 +390,7 @@ def print_help(command: str | None, args: argparse.Namespace) -> None:
     print(args.parser.format_help(), end="")
     if command is None:
         print("\nsubcommands (nbdtool --help COMMAND tells more):")
-        for name in COMMANDS:
+        for name in command_names():
             print(f"  {name:<12}{command_module(name).SUMMARY}")
 
 
@@ -385,7 +401,7 @@ def print_config() -> None:
     for name, value in {
         "version": __version__,
         "python": sys.version.split()[0],
-        "commands": " ".join(COMMANDS),
+        "commands": " ".join(command_names()),
         "filters": " ".join(_filters()),
         "tls": "yes",
         "tls_psk": "yes" if getattr(ssl, "HAS_PSK", False) else "no",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 
 verbose = False  # -v: debug() prints, and faults come with their traceback
 
@@ -26,6 +25,8 @@ def debug(text: str, exc: BaseException | None = None) -> None:
     if verbose:
         _print(f"nbdtool: {text}")
         if exc:
+            import traceback
+
             traceback.print_exception(type(exc), exc, exc.__traceback__)
 
 

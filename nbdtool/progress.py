@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 
@@ -61,7 +60,7 @@ class Progress:
         if now >= self._next:
             self._next = now + _INTERVAL
             self._shown = True
-            columns = shutil.get_terminal_size().columns
+            columns = _columns()
             _print("\r" + self._line(done, now - self._start)[: columns - 1] + "\x1b[K")
 
     def _line(self, done: int, seconds: float) -> str:
@@ -84,6 +83,13 @@ def _on_terminal() -> bool:
         return os.isatty(sys.stderr.fileno())
     except (AttributeError, OSError, ValueError):  # closed, or replaced
         return False
+
+
+def _columns() -> int:
+    try:  # as shutil.get_terminal_size, which is slow to load
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size(sys.stderr.fileno()).columns)
+    except (OSError, ValueError):
+        return 80
 
 
 def _print(text: str) -> None:

@@ -31,7 +31,7 @@ def rendered(page: Path, warnings: bool = False) -> subprocess.CompletedProcess[
 
 def test_man_finds_nothing_to_warn_of(pages: Path) -> None:
     found = sorted(pages.glob("*.1"))
-    assert len(found) == len(cli.COMMANDS) + 1
+    assert len(found) == len(cli.command_names()) + 1
     for page in found:
         assert rendered(page, warnings=True).stderr == ""
 
@@ -44,7 +44,7 @@ def test_mandoc_finds_no_fault(pages: Path) -> None:
         assert done.stdout == ""
 
 
-@pytest.mark.parametrize("command", [None, *cli.COMMANDS])
+@pytest.mark.parametrize("command", [None, *cli.command_names()])
 def test_page_has_all_options_and_the_usual_sections(pages: Path, command: str | None) -> None:
     name = f"nbdtool-{command}" if command else "nbdtool"
     text = (pages / f"{name}.1").read_text().replace("\\-", "-")
@@ -65,6 +65,6 @@ def test_differences_from_nbdkit_are_told(pages: Path) -> None:
 
 def test_each_source_has_its_page_and_prose(pages: Path, run: Callable[..., str]) -> None:
     text = rendered(pages / "nbdtool.1").stdout
-    for command in cli.COMMANDS:
+    for command in cli.command_names():
         assert f"nbdtool-{command}(1)" in text
         assert (ROOT / "man" / f"nbdtool-{command}.inc").exists()

@@ -52,16 +52,16 @@ def page(command: str | None) -> tuple[str, str]:
 def with_sources(text: str) -> str:
     """Put the list of the sources, and that of their pages, where the prose wants them."""
     sources = [
-        f'.TP\n.BR {name} " [" nbdtool\\-{name} (1)]\n{summary(name)}' for name in cli.COMMANDS
+        f'.TP\n.BR {name} " [" nbdtool\\-{name} (1)]\n{summary(name)}' for name in cli.command_names()
     ]
-    pages = [f".BR nbdtool\\-{name} (1)," for name in cli.COMMANDS]
+    pages = [f".BR nbdtool\\-{name} (1)," for name in cli.command_names()]
     return text.replace("@SOURCES@", "\n".join(sources)).replace("@PAGES@", "\n".join(pages))
 
 
 def main() -> None:
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
-    for command in (None, *cli.COMMANDS):
+    for command in (None, *cli.command_names()):
         name, text = page(command)
         (directory / f"{name}.1").write_text(text)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -150,6 +149,8 @@ def _inner(offset: int, length: int) -> tuple[int, int]:
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
     """fallocate(2), which the os module lacks; False where it isn't supported."""
+    import ctypes  # slow to load, for those who only read
+
     libc = ctypes.CDLL(None, use_errno=True)
     call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
     if call is None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from nbdtool.server.listen import Place
+
+if TYPE_CHECKING:
+    import subprocess
 
 _GUESTFISH = re.compile(r"guestfish|guestmount|virt-[\w-]+")
 _QEMU = re.compile(r"qemu(-[\w.-]+)?|kvm")
@@ -15,6 +18,8 @@ _QEMU = re.compile(r"qemu(-[\w.-]+)?|kvm")
 
 def start(command: str, place: Place, export: str, tls: bool) -> subprocess.Popen[bytes]:
     """Run command in a shell; OSError if there is none."""
+    import subprocess  # slow to load, and seldom needed
+
     uri = place.uri(export, tls)
     variables = {
         "uri": uri,
@@ -50,3 +55,8 @@ def spelling(command: str, place: Place, export: str, uri: str) -> str:
 def status(returncode: int) -> int:
     """The exit status of a command as a shell gives it: 128 + signal if it was killed."""
     return 128 - returncode if returncode < 0 else returncode
+
+
+def quoted(word: str) -> str:
+    """word as a shell takes it."""
+    return word if re.fullmatch(r"[\w@%+:,./-]+", word) else "'" + word.replace("'", "'\\''") + "'"

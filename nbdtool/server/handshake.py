@@ -5,15 +5,16 @@ Specification: doc/proto.md, sections "Handshake" and "Option types".
 
 from __future__ import annotations
 
-import ssl
 import struct
 import time
-from dataclasses import dataclass, field
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 
 from nbdtool import protocol as p
 from nbdtool.server.exports import Export, Exports
-from nbdtool.server.stream import Dropped, Inbox, SocketStream, Stalled, Stream, TLSStream
+from nbdtool.server.stream import Dropped, Inbox, SocketStream, Stalled, Stream
+
+if TYPE_CHECKING:
+    import ssl
 
 _MAX_DATA = 64 << 10  # bytes of option data that are looked at
 _MAX_DRAIN = 1 << 20  # more than that is taken for an attack
@@ -24,28 +25,37 @@ class Refused(Exception):
     """An option is answered with an error reply: (reply type, text)."""
 
 
-@dataclass
 class Policy:
-    """How a server negotiates."""
+    """How a server negotiates; timeout is for the whole handshake, in seconds."""
 
-    exports: Exports
-    oldstyle: bool = False
-    structured: bool = True
-    tls: ssl.SSLContext | None = None
-    tls_required: bool = False
-    timeout: float = 30.0  # seconds for the whole handshake
-    stopping: Callable[[], bool] = lambda: False
+    def __init__(
+        self,
+        exports: Exports,
+        *,
+        oldstyle: bool = False,
+        structured: bool = True,
+        tls: ssl.SSLContext | None = None,
+        tls_required: bool = False,
+        timeout: float = 30.0,
+    ) -> None:
+        self.exports = exports
+        self.oldstyle = oldstyle
+        self.structured = structured
+        self.tls = tls
+        self.tls_required = tls_required
+        self.timeout = timeout
+        self.stopping: Callable[[], bool] = lambda: False
 
 
-@dataclass
 class Session:
     """What was negotiated."""
 
-    inbox: Inbox
-    export: Export | None = None
-    structured: bool = False
-    extended: bool = False
-    contexts: dict[str, bool] = field(default_factory=dict)  # export name -> base:allocation chosen
+    def __init__(self, inbox: Inbox) -> None:
+        self.inbox = inbox
+        self.export: Export | None = None
+        self.structured = False
+        self.extended = False
+        self.contexts: dict[str, bool] = {}  # export name -> base:allocation was chosen
 
     @property
     def block_status(self) -> bool:
@@ -154,6 +164,8 @@ class Handshake:
         if inbox.start != inbox.end:
             raise Dropped("data behind STARTTLS, in clear")
         self._reply(option, p.REP_ACK)
+        from nbdtool.server.tls import TLSStream  # ssl is slow to load
+
         self.stream = TLSStream(self.stream, self.policy.tls, self._remaining())
         self.session = Session(Inbox(self.stream))
 

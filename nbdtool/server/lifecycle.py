@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import signal
 import socket
-import subprocess
 import sys
 import threading
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 
 from nbdtool.disk import Disk
 from nbdtool.errors import UsageError, debug, warn
@@ -20,6 +18,9 @@ from nbdtool.server.exports import Exports
 from nbdtool.server.handshake import Policy
 from nbdtool.server.service import Connection, Service
 from nbdtool.server.stream import PipeStream, SocketStream, Stream
+
+if TYPE_CHECKING:
+    import subprocess
 
 _STOP = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 
@@ -125,7 +126,7 @@ class Server:
             families += [socket.AF_INET6] * (not args.ipv4_only)
             return listen.on_tcp(args.ip_addr, 10809 if args.port is None else args.port, families)
         if self._privileges.uid is not None and place.path is not None:
-            for path in filter(None, (place.private, place.path)):
+            for path in place.made:
                 os.chown(path, self._privileges.uid, self._privileges.gid or -1)
         return place
 
@@ -206,8 +207,8 @@ def _start_line(place: listen.Place, exports: Exports, name: str, uri: str) -> s
     debug(f"listening at {uri}")
     guestfish = captive.spelling("guestfish", place, name, uri)
     lines = [f"nbdtool: serving {what}, to {place.audience}; connect with"]
-    lines.append(f"    nbdinfo {'--list ' * (len(exports.all) > 1)}{shlex.quote(uri)}")
+    lines.append(f"    nbdinfo {'--list ' * (len(exports.all) > 1)}{captive.quoted(uri)}")
     if len(exports.all) == 1:
         ro = "--ro " if exports.all[0].read_only else ""
-        lines.append(f"    guestfish {ro}--format=raw -a {shlex.quote(guestfish)}")
+        lines.append(f"    guestfish {ro}--format=raw -a {captive.quoted(guestfish)}")
     return "\n".join(lines)

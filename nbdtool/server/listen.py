@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import socket
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+import stat
 from urllib.parse import quote
 
 from nbdtool.errors import Error, debug, warn
@@ -16,16 +13,18 @@ from nbdtool.errors import Error, debug, warn
 _ACTIVATION_FD = 3  # SD_LISTEN_FDS_START
 
 
-@dataclass
 class Place:
-    """The listening sockets, and how a client names them."""
+    """The listening sockets, and how a client names them: by port or by path of a Unix socket."""
 
-    sockets: list[socket.socket]
-    port: int | None = None
-    path: str | None = None  # of the Unix socket
-    host: str = "localhost"
-    audience: str = "this machine"
-    private: str | None = None  # a directory of ours that holds the socket
+    def __init__(
+        self, sockets: list[socket.socket], *, port: int | None = None, path: str | None = None
+    ) -> None:
+        self.sockets = sockets
+        self.port = port
+        self.path = path
+        self.host = "localhost"
+        self.audience = "this machine"  # who can connect
+        self.made: list[str] = []  # files and then directories to remove at the end
 
     def uri(self, export: str = "", tls: bool = False) -> str:
         """The NBD URI (doc/uri.md) of an export."""
@@ -40,13 +39,12 @@ class Place:
         """Stop listening, and remove the socket that we made."""
         for sock in self.sockets:
             sock.close()
-        if self.path is not None and self.private != "":
+        for path in self.made:
             try:
-                Path(self.path).unlink()
+                (os.rmdir if os.path.isdir(path) else os.unlink)(path)
             except OSError as exc:
-                debug(f"{self.path}: not removed: {exc.strerror}")
-        if self.private:
-            shutil.rmtree(self.private, ignore_errors=True)
+                debug(f"{path}: not removed: {exc.strerror}")
+        self.made = []
 
 
 def on_tcp(address: str | None, port: int, families: list[int]) -> Place:
@@ -129,11 +127,11 @@ def on_unix(path: str, mode: int) -> Place:
 
     A socket that nobody answers on is taken over.
     """
-    private = None
+    made = []
     if path == "-":
-        private = tempfile.mkdtemp(prefix="nbdtool-")
-        path = str(Path(private, "socket"))
-    path = str(Path(path).absolute())
+        made.append(_private_directory())
+        path = os.path.join(made[0], "socket")
+    path = os.path.abspath(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     umask = os.umask(0o777)
     try:
@@ -142,10 +140,10 @@ def on_unix(path: str, mode: int) -> Place:
         except OSError as exc:
             if exc.errno != errno.EADDRINUSE or not _stale(path):
                 raise
-            Path(path).unlink()
+            os.unlink(path)
             sock.bind(path)
         sock.listen(socket.SOMAXCONN)
-        Path(path).chmod(mode)
+        os.chmod(path, mode)
     except OSError as exc:
         sock.close()
         text = "a server answers there already" if exc.errno == errno.EADDRINUSE else exc.strerror
@@ -154,18 +152,30 @@ def on_unix(path: str, mode: int) -> Place:
         raise Error(f"{path}: {text}; choose another path with -U") from None
     finally:
         os.umask(umask)
-    return Place([sock], path=path, private=private, audience=_readers(path, mode))
+    place = Place([sock], path=path)
+    place.made = [path, *made]
+    place.audience = _readers(mode)
+    return place
+
+
+def _private_directory() -> str:
+    path = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"nbdtool-{os.urandom(8).hex()}")
+    try:
+        os.mkdir(path, 0o700)
+    except OSError as exc:
+        raise Error(f"{path}: {exc.strerror}; set TMPDIR to a directory for sockets") from None
+    return path
 
 
 def _stale(path: str) -> bool:
     """Whether path is a socket that nobody listens on."""
-    if not Path(path).is_socket():
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         return probe.connect_ex(path) == errno.ECONNREFUSED
 
 
-def _readers(path: str, mode: int) -> str:
+def _readers(mode: int) -> str:
     if mode & 0o002:
         return "all users of this machine"
     return "this user and group" if mode & 0o020 else "this user"
@@ -190,7 +200,8 @@ def on_activation() -> Place | None:
         except OSError as exc:
             raise Error(f"descriptor {fd} from the service manager: {exc.strerror}") from None
         sockets.append(sock)
-    place = Place(sockets, private="", audience="whoever reaches the service manager's sockets")
+    place = Place(sockets)
+    place.audience = "whoever reaches the service manager's sockets"
     for sock in sockets:
         name = sock.getsockname()
         if sock.family == socket.AF_UNIX:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import grp
 import os
 import pwd
 import signal
 import socket
+import stat
 import sys
 from typing import Callable
 
@@ -46,8 +46,6 @@ def fork_to_background() -> Callable[[], None]:
 
 def _is_file(fd: int) -> bool:
     """Whether messages still go somewhere when the terminal is gone."""
-    import stat
-
     return stat.S_ISREG(os.fstat(fd).st_mode)
 
 
@@ -66,6 +64,8 @@ def log_to(target: str) -> None:
 
 def exit_with_parent() -> None:
     """Have the kernel send us SIGTERM when our parent ends (prctl(2))."""
+    import ctypes  # slow to load
+
     parent = os.getppid()
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
         raise Error("--exit-with-parent: " + os.strerror(ctypes.get_errno()))

@@ -1,4 +1,4 @@
-"""Bytes to and from one client, over a socket, a TLS connection, or a pair of pipes.
+"""Bytes to and from one client, over a socket or a pair of pipes (over TLS: tls.py).
 
 All block. What makes no progress for `patience` seconds raises Stalled, a peer that is gone Ended;
 never OSError, so that a failure of the disk can't be taken for one of the client.
@@ -10,7 +10,6 @@ import errno
 import os
 import select
 import socket
-import ssl
 import struct
 from collections.abc import Sequence
 from typing import Union
@@ -110,10 +109,10 @@ class SocketStream(Stream):
             if soon:
                 for _ in range(_TRIES):
                     try:
-                        return self.sock.recv_into(view, 0, socket.MSG_DONTWAIT) or _end()
+                        return self.sock.recv_into(view, 0, socket.MSG_DONTWAIT) or end()
                     except BlockingIOError:
                         pass
-            return self.sock.recv_into(view, 0, socket.MSG_WAITALL * fully) or _end()
+            return self.sock.recv_into(view, 0, socket.MSG_WAITALL * fully) or end()
         except BlockingIOError:
             raise Stalled("the client sends nothing") from None
         except OSError as exc:
@@ -157,53 +156,6 @@ class SocketStream(Stream):
         self.sock.close()
 
 
-class TLSStream(Stream):
-    encrypted = True
-
-    def __init__(self, stream: SocketStream, context: ssl.SSLContext, patience: float) -> None:
-        """Handshake over stream; Dropped if it fails."""
-        self.peer = stream.peer
-        stream.sock.settimeout(max(patience, 0.001))
-        try:
-            self.sock = context.wrap_socket(stream.sock, server_side=True)
-        except OSError as exc:
-            raise Dropped(f"TLS: {getattr(exc, 'reason', None) or exc}") from None
-
-    def set_patience(self, seconds: float) -> None:
-        self.sock.settimeout(max(seconds, 0.001))
-
-    def recv_into(self, view: memoryview, *, soon: bool = False, fully: bool = False) -> int:
-        try:
-            return self.sock.recv_into(view) or _end()
-        except socket.timeout:  # Python 3.9's is no TimeoutError
-            raise Stalled("the client sends nothing") from None
-        except OSError as exc:
-            raise Ended(str(exc)) from None
-
-    def send(self, buffers: Sequence[Buffer], length: int, *, more: bool = False) -> None:
-        try:
-            self.sock.sendall(buffers[0] if len(buffers) == 1 else b"".join(buffers))
-        except socket.timeout:
-            raise Stalled("the client takes no data") from None
-        except OSError as exc:
-            raise Ended(str(exc)) from None
-
-    def shut(self, *, reading_only: bool = False) -> None:
-        try:
-            # Not SSLSocket.shutdown, which drops the TLS layer under its user
-            socket.socket.shutdown(self.sock, socket.SHUT_RD if reading_only else socket.SHUT_RDWR)
-        except OSError:
-            pass
-
-    def close(self) -> None:
-        try:
-            self.sock.settimeout(1)
-            self.sock.unwrap()
-        except (OSError, ValueError):
-            pass
-        self.sock.close()
-
-
 class PipeStream(Stream):
     """Standard input and output that are not a socket."""
 
@@ -224,7 +176,7 @@ class PipeStream(Stream):
     def recv_into(self, view: memoryview, *, soon: bool = False, fully: bool = False) -> int:
         self._wait(self._in, select.POLLIN)
         try:
-            return os.readv(self._in, [view]) or _end()
+            return os.readv(self._in, [view]) or end()
         except OSError as exc:
             raise Ended(str(exc)) from None
 
@@ -243,7 +195,8 @@ class PipeStream(Stream):
         os.close(self._out)
 
 
-def _end() -> int:
+def end() -> int:
+    """What recv_into() does at the end of the stream."""
     raise Ended("end of the stream")
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import hmac
 import os
+import socket
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
 
 from nbdtool.errors import Error
+from nbdtool.server.stream import Buffer, Dropped, Ended, SocketStream, Stalled, Stream, end
 
 # nbdkit's names first, then libvirt's
 _CA = ("ca-cert.pem", "cacert.pem", "CA/cacert.pem")
@@ -101,3 +104,50 @@ def _add_psk(result: ssl.SSLContext, path: str) -> None:
     result.maximum_version = ssl.TLSVersion.TLSv1_2  # OpenSSL's callback knows no TLS 1.3
     result.set_ciphers("PSK")
     result.set_psk_server_callback(key_of)  # type: ignore[attr-defined]
+
+
+class TLSStream(Stream):
+    encrypted = True
+
+    def __init__(self, stream: SocketStream, context: ssl.SSLContext, patience: float) -> None:
+        """Handshake over stream; Dropped if it fails."""
+        self.peer = stream.peer
+        stream.sock.settimeout(max(patience, 0.001))
+        try:
+            self.sock = context.wrap_socket(stream.sock, server_side=True)
+        except OSError as exc:
+            raise Dropped(f"TLS: {getattr(exc, 'reason', None) or exc}") from None
+
+    def set_patience(self, seconds: float) -> None:
+        self.sock.settimeout(max(seconds, 0.001))
+
+    def recv_into(self, view: memoryview, *, soon: bool = False, fully: bool = False) -> int:
+        try:
+            return self.sock.recv_into(view) or end()
+        except socket.timeout:  # Python 3.9's is no TimeoutError
+            raise Stalled("the client sends nothing") from None
+        except OSError as exc:
+            raise Ended(str(exc)) from None
+
+    def send(self, buffers: Sequence[Buffer], length: int, *, more: bool = False) -> None:
+        try:
+            self.sock.sendall(buffers[0] if len(buffers) == 1 else b"".join(buffers))
+        except socket.timeout:
+            raise Stalled("the client takes no data") from None
+        except OSError as exc:
+            raise Ended(str(exc)) from None
+
+    def shut(self, *, reading_only: bool = False) -> None:
+        try:
+            # Not SSLSocket.shutdown, which drops the TLS layer under its user
+            socket.socket.shutdown(self.sock, socket.SHUT_RD if reading_only else socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        try:
+            self.sock.settimeout(1)
+            self.sock.unwrap()
+        except (OSError, ValueError):
+            pass
+        self.sock.close()
