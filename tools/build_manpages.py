@@ -52,7 +52,8 @@ def page(command: str | None) -> tuple[str, str]:
 def with_sources(text: str) -> str:
     """Put the list of the sources, and that of their pages, where the prose wants them."""
     sources = [
-        f'.TP\n.BR {name} " [" nbdtool\\-{name} (1)]\n{summary(name)}' for name in cli.command_names()
+        f'.TP\n.BR {name} " [" nbdtool\\-{name} (1)]\n{summary(name)}'
+        for name in cli.command_names()
     ]
     pages = [f".BR nbdtool\\-{name} (1)," for name in cli.command_names()]
     return text.replace("@SOURCES@", "\n".join(sources)).replace("@PAGES@", "\n".join(pages))
