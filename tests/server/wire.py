@@ -371,9 +371,9 @@ class Harness:
     def _warn(self, text: str, exc: BaseException | None = None) -> None:
         self.warnings.append(text)
 
-    def connect(self) -> Client:
+    def connect(self, *, tcp: bool = False) -> Client:
         """A client that has not said anything yet."""
-        ours, theirs = socket.socketpair()
+        ours, theirs = _tcp_pair() if tcp else socket.socketpair()
         connection = Connection(SocketStream(theirs, "the test"))
         connection.thread = threading.Thread(target=self.service.serve, args=(connection,))
         self.service._connections.add(connection)
@@ -399,6 +399,12 @@ class Harness:
         self.threads.clear()
         self.clients.clear()
         assert not self.service._connections
+
+
+def _tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        return ours, listener.accept()[0]
 
 
 @contextlib.contextmanager
