@@ -44,7 +44,9 @@ class Server:
             raise UsageError("sockets from the service manager and -p, -U, -s or --run don't mix")
         self._stream = _standard_io() if args.stdin else None
         process.log_to(args.log)
-        self._pid_file = process.PidFile(args.pid_file)
+        if args.pid_file is not None:
+            process.check_pid_file(args.pid_file)
+            args.pid_file = os.path.abspath(args.pid_file)
         self._ready: Callable[[], None] = lambda: None
         if args.fork:
             self._ready = process.fork_to_background()
@@ -91,13 +93,12 @@ class Server:
         service = Service(policy, args.max_connections)
         if self._stream is not None:
             return self._serve_stream(service, disks)
+        signals = _Signals(service.stop)
         place = self._activated or self._listen()
+        signals.at_once = place.close
         child = None
         try:
-            self._privileges.drop()
-            for disk in disks.values():
-                disk.verify_access()
-            signals = _Signals(service.stop)
+            self._become_server(disks)
             name = args.export_name or ""
             if args.run:
                 child = captive.start(args.run, place, name, self._tls is not None)
@@ -107,13 +108,20 @@ class Server:
             process.notify("STOPPING=1")
             for sock in place.sockets:
                 sock.close()
-            signals.at_once = place.close
             service.finish()
         finally:
             place.close()
             if child is not None and child.poll() is None:
                 child.terminate()
         return captive.status(child.wait()) if child is not None else 0
+
+    def _become_server(self, disks: dict[str, Disk]) -> None:
+        """What needs our first user's rights, and then what must work without them."""
+        if self._args.pid_file is not None:
+            process.write_pid_file(self._args.pid_file)  # clients can connect: they wait in line
+        self._privileges.drop()
+        for disk in disks.values():
+            disk.verify_access()
 
     def _listen(self) -> listen.Place:
         args = self._args
@@ -134,7 +142,6 @@ class Server:
         """Tell everyone who waits that clients can connect."""
         args = self._args
         uri = place.uri(name, self._tls is not None)
-        self._pid_file.write()
         if args.print_uri:
             print(uri, flush=True)
         if not args.run and not args.print_uri:
@@ -144,12 +151,9 @@ class Server:
 
     def _serve_stream(self, service: Service, disks: dict[str, Disk]) -> int:
         assert self._stream is not None
-        self._privileges.drop()
-        for disk in disks.values():
-            disk.verify_access()
         connection = Connection(self._stream)
         _Signals(lambda: connection.shut_idle())
-        self._pid_file.write()
+        self._become_server(disks)
         process.notify("READY=1")
         service.serve(connection)
         return 0

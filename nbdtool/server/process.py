@@ -107,23 +107,20 @@ class Privileges:
             raise Error(f"-u/-g: {exc.strerror}; start as root to change the user") from None
 
 
-class PidFile:
-    """Opened while we still may, written when clients can connect; it stays, as nbdkit's does."""
+def check_pid_file(path: str) -> None:
+    """Error if a pid file can't be written there: better known before a source is opened."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK) or os.path.isdir(path):
+        raise Error(f"{path}: can't be written; give -P another file")
 
-    def __init__(self, path: str | None) -> None:
-        self._fd = None
-        if path is not None:
-            try:
-                self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            except OSError as exc:
-                raise Error(f"{path}: {exc.strerror}; give -P another file") from None
 
-    def write(self) -> None:
-        if self._fd is not None:
-            os.ftruncate(self._fd, 0)
-            os.write(self._fd, b"%d\n" % os.getpid())
-            os.close(self._fd)
-            self._fd = None
+def write_pid_file(path: str) -> None:
+    """Say who we are, to those who wait for it; the file stays, as nbdkit's does."""
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
+    except OSError as exc:
+        raise Error(f"{path}: {exc.strerror}; give -P another file") from None
 
 
 def notify(state: str) -> None:
