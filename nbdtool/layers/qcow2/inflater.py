@@ -31,7 +31,10 @@ class Inflater:
                 if len(self._running) * 4 >= self._capacity:
                     return
                 if key not in self._done and key not in self._running:
-                    self._running[key] = self._pool.submit(self._run, key)
+                    try:
+                        self._running[key] = self._pool.submit(self._run, key)
+                    except RuntimeError:
+                        return  # no more threads are to be had: the reader does it
 
     def get(self, key: int) -> bytes:
         """The piece; raises what inflate raises."""
@@ -58,10 +61,10 @@ class Inflater:
             data = self._inflate(key)
         except BaseException:
             with self._lock:
-                del self._running[key]
+                self._running.pop(key, None)
             raise
         with self._lock:
-            del self._running[key]
+            self._running.pop(key, None)
             self._done[key] = data
             if len(self._done) > self._capacity:
                 self._done.popitem(last=False)
