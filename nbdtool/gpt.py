@@ -5,10 +5,11 @@ from __future__ import annotations
 import struct
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from nbdtool.errors import Error
+from nbdtool.disk import Disk, read_bytes
+from nbdtool.errors import Error, warn
 
 SECTOR = 512
 ALIGNMENT = 1 << 20  # bytes
@@ -98,60 +99,70 @@ def _protective_mbr(last: int) -> bytes:
     return bytes(446) + record + bytes(48) + b"\x55\xaa"
 
 
-def read(size: int, pread: Callable[[int, int], bytes]) -> list[tuple[int, Partition]]:
-    """The partitions of a disk and their numbers, from 1. pread(offset, length) reads the disk.
+def sector_size(disk: Disk) -> int | None:
+    """The size of the sectors that a GUID partition table counts in; None if there is no table."""
+    for sector in 512, 4096:
+        for lba in 1, disk.size // sector - 1:
+            start = lba * sector
+            inside = lba > 0 and start + sector <= disk.size
+            if inside and read_bytes(disk, start, len(_SIGNATURE)) == _SIGNATURE:
+                return sector
+    return None
 
-    The backup table is read when the primary one is damaged. Error: there is no valid table.
+
+def read(disk: Disk, sector: int = SECTOR) -> dict[int, Partition]:
+    """The partitions by number, from 1; they may end past the end of the disk.
+
+    The backup table is read, with a warning, when the primary one is damaged. Raises Error if
+    there is no valid table.
     """
-    last = size // SECTOR - 1
-    failure = "no GUID partition table"
-    for lba in (1, last):
-        if 0 < lba <= last:
-            try:
-                return _read_table(lba, last, pread)
-            except ValueError as error:
-                if lba == 1 or failure == "no GUID partition table":
-                    failure = str(error)
-    raise Error(failure)
+    failures = []
+    for lba in 1, disk.size // sector - 1:
+        try:
+            partitions = _read_table(disk, sector, lba)
+        except ValueError as error:
+            failures.append(str(error))
+            continue
+        if failures:
+            warn(f"{disk.description}: {failures[0]}; the backup at its end is used")
+        return partitions
+    raise Error(f"{disk.description}: {failures[0]} (and in the backup: {failures[1]})")
 
 
-def _read_table(
-    lba: int, last: int, pread: Callable[[int, int], bytes]
-) -> list[tuple[int, Partition]]:
-    sector = pread(lba * SECTOR, SECTOR)
-    fields = _HEADER.unpack_from(sector)
+def _read_table(disk: Disk, sector: int, lba: int) -> dict[int, Partition]:
+    if not 1 <= lba < disk.size // sector:
+        raise ValueError("the disk is too small for a GUID partition table")
+    block = read_bytes(disk, lba * sector, sector)
+    fields = _HEADER.unpack_from(block)
     signature, _, length, checksum, _, this, _, _, _, _, table, count, size, table_crc = fields
     if signature != _SIGNATURE:
         raise ValueError("no GUID partition table")
-    if not _HEADER.size <= length <= SECTOR or this != lba:
-        raise ValueError("damaged GUID partition table: bad header")
-    if zlib.crc32(sector[:16] + bytes(4) + sector[20:length]) != checksum:
-        raise ValueError("damaged GUID partition table: wrong checksum of the header")
-    if not _ENTRY.size <= size <= _MAX_ENTRY_SIZE or not 0 < count <= _MAX_ENTRIES:
-        raise ValueError(f"unusual GUID partition table: {count} entries of {size} bytes")
-    if table < 2 or table + -(-count * size // SECTOR) > last + 1:
-        raise ValueError("damaged GUID partition table: entries outside the disk")
-    data = pread(table * SECTOR, count * size)
+    if not _HEADER.size <= length <= sector or this != lba:
+        raise ValueError("the GUID partition table is damaged: bad header")
+    if zlib.crc32(block[:16] + bytes(4) + block[20:length]) != checksum:
+        raise ValueError("the GUID partition table is damaged: wrong checksum of its header")
+    # 128 * 2^n bytes (section 5.3.2)
+    if not _ENTRY.size <= size <= _MAX_ENTRY_SIZE or size & (size - 1) or count > _MAX_ENTRIES:
+        raise ValueError(f"an unusual GUID partition table: {count} entries of {size} bytes")
+    if table < 2 or table * sector + count * size > disk.size:
+        raise ValueError("the GUID partition table is damaged: its entries lie outside the disk")
+    data = read_bytes(disk, table * sector, count * size)
     if zlib.crc32(data) != table_crc:
-        raise ValueError("damaged GUID partition table: wrong checksum of the entries")
-    found = []
-    for index in range(count):
-        kind, guid, first, end, attributes, name = _ENTRY.unpack_from(data, index * size)
+        raise ValueError("the GUID partition table is damaged: wrong checksum of its entries")
+    found = {}
+    for number in range(1, count + 1):
+        entry = _ENTRY.unpack_from(data, (number - 1) * size)
+        kind, guid, first, last, attributes, name = entry
         if not any(kind):
             continue
-        if not 0 < first <= end <= last:
-            raise ValueError(f"partition {index + 1} lies outside the disk")
-        found.append(
-            (
-                index + 1,
-                Partition(
-                    first * SECTOR,
-                    (end - first + 1) * SECTOR,
-                    str(uuid.UUID(bytes_le=kind)),
-                    str(uuid.UUID(bytes_le=guid)),
-                    name.decode("utf-16-le", "replace").split("\0")[0],
-                    attributes,
-                ),
-            )
+        if not 0 < first <= last:
+            raise ValueError(f"partition {number} ends before it begins")
+        found[number] = Partition(
+            first * sector,
+            (last - first + 1) * sector,
+            str(uuid.UUID(bytes_le=kind)),
+            str(uuid.UUID(bytes_le=guid)),
+            name.decode("utf-16-le", "replace").split("\0")[0],
+            attributes,
         )
     return found
