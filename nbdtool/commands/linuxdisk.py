@@ -1,38 +1,96 @@
-"""nbdtool linuxdisk: a directory as a GPT disk with one ext2 partition."""
+"""nbdtool linuxdisk: directories as a GPT disk with one ext2, ext3 or ext4 partition."""
 
 from __future__ import annotations
 
+import argparse
 import os
-import time
-from typing import TYPE_CHECKING, Any
+import uuid
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
+from nbdtool import values
 from nbdtool.disk import Disk
-from nbdtool.errors import Error, UsageError
+from nbdtool.errors import Error, UsageError, warn
 
 if TYPE_CHECKING:
     from nbdtool.disks.regions import Regions
     from nbdtool.ext.layout import Layout
-    from nbdtool.ext.tree import Tree
+    from nbdtool.ext.sizing import Options
+    from nbdtool.ext.tree import Contents
 
-SUMMARY = "a directory as a disk with a Linux filesystem"
+SUMMARY = "serve a directory as a disk with a Linux filesystem"
 MAGIC = "dir"
 
-
-def add_arguments(parser: Any) -> None:
-    """Add the options of this subcommand."""
-    parser.add_argument(
-        "--dir",
-        metavar="DIRECTORY",
-        help="the directory whose content the filesystem has",
-    )
+_LABEL_BYTES = 16
 
 
-def open(args: Any) -> dict[str, Disk]:
+class _Size(NamedTuple):
+    bytes: int
+    free: bool  # so much free space, not in all
+
+
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    add = parser.add_argument
+    add("--dir", metavar="DIRECTORY", help="the directory whose content the filesystem has")
+    add("--type", choices=("ext2", "ext3", "ext4"), default="ext2", help="the filesystem (ext2)")
+    add("--label", type=_label, default="", help="the filesystem's label, at most 16 bytes")
+    add("--size", type=_size, metavar="[+]SIZE",
+        help="the filesystem's size, or with + the space that is at least free in it"
+        " (default: what the files need, and a little room)")  # fmt: skip
+    add("--uuid", type=_uuid, help="the filesystem's UUID, from which the disk's GUIDs follow")
+    add("--inodes", type=_count, metavar="N", help="the least number of inodes")
+    add("--reserved", type=_percent, default=0.0, metavar="PERCENT",
+        help="the blocks that only root may use (0)")  # fmt: skip
+    add("--block-size", type=values.size, default=4096, help="1024, 2048 or 4096 bytes (4096)")
+    values.add_flag(parser, "--no-journal", help="ext3 and ext4 without a journal")
+    add("--part-type", default="linux", metavar="NAME",
+        help="the partition's type: linux, root-x86-64, home, esp, ... or a GUID")  # fmt: skip
+
+
+def _size(text: str) -> _Size:
+    free = text.startswith("+")
+    return _Size(values.size(text[free:]), free)
+
+
+def _label(text: str) -> str:
+    if len(os.fsencode(text)) > _LABEL_BYTES:
+        raise argparse.ArgumentTypeError(f"longer than {_LABEL_BYTES} bytes: {text!r}")
+    return text
+
+
+def _uuid(text: str) -> bytes:
+    try:
+        return uuid.UUID(text).bytes
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not a UUID: {text!r}") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 1 << 32:
+        raise argparse.ArgumentTypeError(f"not a number of inodes: {text!r}")
+    return int(text)
+
+
+def _percent(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 50:
+        raise argparse.ArgumentTypeError(f"not a percentage from 0 to 50: {text!r}")
+    return value
+
+
+def open(args: argparse.Namespace) -> dict[str, Disk]:
     """{"": the disk}. Error: the directory can't be read, or no filesystem holds it."""
     import gc
 
     if args.dir is None:
         raise UsageError("which directory? Give its path: nbdtool linuxdisk DIRECTORY")
+    if args.block_size not in (1024, 2048, 4096):
+        raise UsageError(f"--block-size={args.block_size}: choose 1024, 2048 or 4096")
+    if args.no_journal and args.type == "ext2":
+        warn("--no-journal: ext2 has none anyway")
+    _part_type(args.part_type)
     enabled = gc.isenabled()
     gc.disable()  # the scan makes many objects and no garbage
     try:
@@ -43,26 +101,66 @@ def open(args: Any) -> dict[str, Disk]:
             gc.enable()
 
 
-def _make(args: Any) -> Disk:
-    import uuid
-
+def _make(args: argparse.Namespace) -> Disk:
     from nbdtool.ext.layout import Layout
     from nbdtool.ext.scan import HostTree
-    from nbdtool.ext.sizing import Options
-    from nbdtool.ext.tree import Tree
+    from nbdtool.ext.tree import Contents, Tree
 
-    tree = Tree()
+    epoch = _source_date_epoch()
+    tree = Tree(extents=args.type == "ext4", clamp=None if epoch is None else epoch * 1_000_000_000)
     source = HostTree(args.dir, tree)
     if args.to_file not in (None, "-"):
         _refuse_inside(args.to_file, args.dir)
     source.scan()
-    options = Options(uuid=uuid.uuid4().bytes, time=int(time.time()))
-    return _disk(tree, Layout(tree, options), args.dir)
+    return _disk(Contents(tree, [source]), Layout(tree, _options(args, epoch)), args)
 
 
-def _disk(tree: Tree, layout: Layout, name: str) -> Regions:
+def _source_date_epoch() -> Optional[int]:
+    """The time that SOURCE_DATE_EPOCH asks for, in seconds: with it the result is reproducible."""
+    text = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if text and not text.isdecimal():
+        raise Error(f"SOURCE_DATE_EPOCH={text}: is no number of seconds")
+    return int(text) if text else None
+
+
+def _options(args: argparse.Namespace, epoch: Optional[int]) -> Options:
+    import time
+
+    from nbdtool.ext.sizing import Options
+
+    identity = args.uuid
+    if identity is None and epoch is None:
+        identity = uuid.uuid4().bytes
+    size = args.size or _Size(0, True)
+    return Options(
+        type=args.type,
+        block_size=args.block_size,
+        size=None if size.free else size.bytes,
+        free=size.bytes if size.free and args.size else None,
+        inodes=args.inodes,
+        reserved=args.reserved,
+        journal=not args.no_journal,
+        label=os.fsencode(args.label),
+        uuid=identity,
+        time=int(time.time()) if epoch is None else epoch,
+    )
+
+
+def _part_type(name: str) -> str:
+    """The GUID of a partition type; UsageError if there is no such type."""
+    from nbdtool import gpt
+
+    if name in gpt.TYPES:
+        return gpt.TYPES[name]
+    try:
+        return str(uuid.UUID(name))
+    except ValueError:
+        known = ", ".join(gpt.TYPES)
+        raise UsageError(f"--part-type={name}: is neither a GUID nor one of {known}") from None
+
+
+def _disk(contents: Contents, layout: Layout, args: argparse.Namespace) -> Regions:
     """The disk: a partition table around the filesystem."""
-    import uuid
     from array import array
 
     from nbdtool import gpt
@@ -70,9 +168,12 @@ def _disk(tree: Tree, layout: Layout, name: str) -> Regions:
     from nbdtool.ext.groups import derive
 
     start = gpt.ALIGNMENT
-    size = gpt.disk_size(start + layout.size)
+    length = layout.size
+    if args.size is not None and not args.size.free:
+        length = max(length, args.size.bytes // gpt.SECTOR * gpt.SECTOR)
+    size = gpt.disk_size(start + length)
     guids = [str(uuid.UUID(bytes=derive(layout.uuid, what))) for what in ("disk", "partition")]
-    partition = gpt.Partition(start, layout.size, guid=guids[1])
+    partition = gpt.Partition(start, length, _part_type(args.part_type), guids[1], args.label)
     primary, backup = gpt.tables(size, guids[0], [partition])
     memory = [*layout.memory, primary, backup]
     starts = array("Q", [0, len(primary)])
@@ -80,8 +181,8 @@ def _disk(tree: Tree, layout: Layout, name: str) -> Regions:
     starts.extend((start + layout.size, size - len(backup)))
     owners = array("i", [len(memory) - 1, 0]) + layout.owners + array("i", [0, len(memory)])
     places = array("Q", [0, 0]) + layout.places + array("Q", [0, 0])
-    disk = Regions(size, starts, owners, places, memory, tree)
-    disk.description = f"{name} as ext2 in a GPT partition"
+    disk = Regions(size, starts, owners, places, memory, contents)
+    disk.description = f"{args.dir} as {args.type} in a GPT partition"
     return disk
 
 

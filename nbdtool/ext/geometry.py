@@ -47,7 +47,8 @@ class Geometry:
             raise ValueError("no room for the metadata")
         if self.inodes < inodes or self.inodes >= 1 << 32 or self.blocks >= 1 << 32:
             raise ValueError("no room for the inodes")
-        if 1 + self.descriptor_blocks > self.blocks_per_group // 2:
+        most = self.blocks_per_group - 2 - self.table_blocks - _SMALLEST_GROUP
+        if 1 + self.descriptor_blocks > most:
             raise ValueError("too many groups for the descriptors")
         self.free = self.blocks - self.first_data_block - self.groups * (2 + self.table_blocks)
         self.free -= count_superblocks(self.groups) * (1 + self.descriptor_blocks)

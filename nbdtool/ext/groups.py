@@ -160,7 +160,7 @@ def superblock(
         s_rev_level=s.DYNAMIC_REVISION,
         s_first_ino=s.FIRST,
         s_inode_size=s.INODE_SIZE,
-        s_block_group_nr=group,
+        s_block_group_nr=group & 0xFFFF,
         s_feature_compat=compat,
         s_feature_incompat=incompat,
         s_feature_ro_compat=ro_compat,

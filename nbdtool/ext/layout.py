@@ -16,6 +16,7 @@ from typing import Any
 
 from nbdtool.errors import Error
 from nbdtool.ext import structures as s
+from nbdtool.ext import xattr
 from nbdtool.ext.directory import build
 from nbdtool.ext.geometry import Piece
 from nbdtool.ext.groups import Groups, Usage, derive, superblock, superblock_groups
@@ -71,7 +72,11 @@ class Layout:
                 tree.inodes[ino << 8 : ino + 1 << 8] = bytes(s.INODE_SIZE)
         self._check_targets(targets)
         self._segments = self._block_segments()
-        data = sum(directory.blocks for directory in directories) + len(targets)
+        attributed = tree.xattrs.keys() if reachable is None else tree.xattrs.keys() & reachable
+        xattrs = xattr.store(
+            tree, options.block_size, sorted(attributed), in_inode=options.type != "ext2"
+        )
+        data = sum(directory.blocks for directory in directories) + len(targets) + len(xattrs)
         data += self._count_files()
         mapping = self._count_mapping([directory.blocks for directory in directories])
         last = len(tree.names) - 1
@@ -88,10 +93,12 @@ class Layout:
             for ino, target in targets.items():
                 self._map(ino, self._put(owner, at, at + len(target), 1))
                 at += len(target)
+        places = self._place_xattrs(xattrs)
         if journal:
             self._place_journal(journal)
         self._place_files()
         self._place_mapping()
+        self._point_to_xattrs(xattrs, places)
         self._place_groups(Usage(0, last, dead, [directory.ino for directory in directories]))
         self._finish()
 
@@ -195,8 +202,11 @@ class Layout:
         return len(self.memory)
 
     def _add(self, block: int, blocks: int, owner: int, place: int = 0) -> None:
-        self._starts.append(block << self._shift)
-        self._lengths.append(blocks << self._shift)
+        self._add_bytes(block << self._shift, blocks << self._shift, owner, place)
+
+    def _add_bytes(self, start: int, length: int, owner: int, place: int) -> None:
+        self._starts.append(start)
+        self._lengths.append(length)
         self._owners.append(owner)
         self._places.append(place)
 
@@ -210,16 +220,11 @@ class Layout:
         pieces = self._take(blocks)
         for _, block, count in pieces:
             length = min(end - start, count << self._shift)
-            self._starts.append(block << self._shift)
-            self._lengths.append(length)
-            self._owners.append(owner)
-            self._places.append(start)
+            at = block << self._shift
+            self._add_bytes(at, length, owner, start)
             start += length
             if length < count << self._shift:
-                self._starts.append((block << self._shift) + length)
-                self._lengths.append((count << self._shift) - length)
-                self._owners.append(_PADDING)
-                self._places.append(0)
+                self._add_bytes(at + length, (count << self._shift) - length, _PADDING, 0)
         return pieces
 
     def _map(self, ino: int, pieces: list[Piece]) -> None:
@@ -242,6 +247,38 @@ class Layout:
                 _DIRECT[blocks](self._tree.inodes, at, sectors, *range(start, start + blocks))
                 return
         self._mapped.append((ino, pieces))
+
+    def _place_xattrs(self, xattrs: list[xattr.Block]) -> list[int]:
+        """The blocks of extended attributes; the middle of each is zero."""
+        size = self._options.block_size
+        owner = self._remember(b"".join(xattr.block_head(one) + one.tail for one in xattrs))
+        at = 0
+        places = []
+        for one in xattrs:
+            block = self._take(1)[0].start
+            places.append(block)
+            start, gap = block << self._shift, size - len(one.head) - len(one.tail)
+            for length, what, place in (
+                (len(one.head), owner, at),
+                (gap, _PADDING, 0),
+                (len(one.tail), owner, at + len(one.head)),
+            ):
+                if length:
+                    self._add_bytes(start, length, what, place)
+                    start += length
+            at += len(one.head) + len(one.tail)
+        return places
+
+    def _point_to_xattrs(self, xattrs: list[xattr.Block], places: list[int]) -> None:
+        inodes = self._tree.inodes
+        for one, block in zip(xattrs, places):
+            for ino in one.inodes:
+                at = ino << 8
+                _WORD.pack_into(inodes, at + s.I_FILE_ACL_LO, block)
+                low, high = at + s.I_BLOCKS_LO, at + s.I_BLOCKS_HIGH
+                sectors = _WORD.unpack_from(inodes, low)[0] + (1 << self._shift - 9)
+                _WORD.pack_into(inodes, low, sectors & 0xFFFFFFFF)
+                inodes[high] += sectors >> 32
 
     def _place_journal(self, blocks: int) -> None:
         head = journal_superblock(blocks, self._options.block_size, bytes(16))
@@ -321,10 +358,8 @@ class Layout:
                 root, used = extent_tree(split_extents(pieces), self._options.block_size, place)
                 self._set_mapping(ino, root, used, pieces)
             return
-        base = self._index
-        indirect = IndirectBlocks(
-            self._options.block_size, lambda index: self.geometry.run(base + index)[0]
-        )
+        base, run = self._index, self.geometry.run
+        indirect = IndirectBlocks(self._options.block_size, lambda index: run(base + index)[0])
         for ino, pieces in self._mapped:
             root, used = indirect.add(pieces)
             self._set_mapping(ino, root, used, pieces)

@@ -8,12 +8,13 @@ import stat
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Optional
+from typing import Optional, Union
 
 from nbdtool.disk import SpanFile, Stamp
 from nbdtool.errors import Error
 from nbdtool.ext.structures import ROOT, encode_device
 from nbdtool.ext.tree import Tree
+from nbdtool.ext.xattr import attribute
 
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -26,12 +27,11 @@ class HostTree:
     without following a symlink, so that no change of the tree can lead outside it.
     """
 
-    def __init__(self, path: str, tree: Tree) -> None:
-        """Error: no such directory, or not one."""
+    def __init__(self, path: str, tree: Tree, number: int = 0) -> None:
+        """number: which of the tree's sources this is. Error: no such directory, or not one."""
         self.path = path
         self._tree = tree
-        self._number = len(tree.origins)
-        tree.origins.append(self)
+        self._number = number
         try:
             # the directory that the user names may be a symlink
             root = os.open(path, _OPEN_DIRECTORY & ~os.O_NOFOLLOW)
@@ -45,6 +45,7 @@ class HostTree:
         self._identities = array("Q")  # device, inode
         self._changes = array("q")  # mtime, ctime
         self.unreadable: list[str] = []
+        self.foreign_xattrs: set[str] = set()
 
     def scan(self) -> None:
         """Add the directory to the tree. Error names what can't be read."""
@@ -54,6 +55,10 @@ class HostTree:
             tree.set_root(
                 st.st_mode, st.st_uid, st.st_gid, st.st_atime_ns, st.st_ctime_ns, st.st_mtime_ns
             )
+            try:
+                self._read_attributes(ROOT, self._root.fd, os.listxattr(self._root.fd))
+            except OSError as error:
+                self.unreadable.append(f"{self.path}: {_reason(error)}")
             pending = [ROOT]
             links: dict[tuple[int, int], int] = {}
             while pending:
@@ -153,8 +158,23 @@ class HostTree:
         if segments != [(0, size, 0)]:
             self._tree.segments[ino] = segments
 
-    def _read_attributes(self, ino: int, name: bytes, attributes: list[str]) -> None:
-        pass
+    def _read_attributes(self, ino: int, file: Union[bytes, int], names: list[str]) -> None:
+        """Read the extended attributes of a file; note the kinds that no ext filesystem has."""
+        follow = isinstance(file, int)
+        found = []
+        for name in names:
+            try:
+                value = os.getxattr(file, name, follow_symlinks=follow)
+            except OSError as error:
+                if error.errno == errno.ENODATA:  # removed meanwhile
+                    continue
+                raise
+            one = attribute(os.fsencode(name), value)
+            if one is not None:
+                found.append(one)
+            else:
+                self.foreign_xattrs.add(name)
+        self._tree.set_xattrs(ino, found)
 
     def open(self, ino: int) -> SpanFile:
         """A file of the tree, if it is still what was scanned; OSError (EIO) naming it if not."""

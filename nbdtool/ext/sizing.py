@@ -82,6 +82,11 @@ def _exact(options: Options, inodes: int, data: int) -> tuple[Geometry, int]:
         data + (_cost(options, JOURNAL_MIN_BLOCKS) if options.has_journal else 0),
         flex=options.extents,
     )
+    if least.blocks <= blocks:
+        raise Error(
+            f"size={options.size} is too large for blocks of {options.block_size} bytes: use a"
+            " larger --block-size"
+        )
     raise Error(
         f"size={options.size} is too small for the tree: it needs at least"
         f" size={least.blocks * options.block_size}"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import stat
 from array import array
-from typing import Optional, Protocol
+from collections.abc import Iterable
+from typing import Any, Optional, Protocol
 
 from nbdtool.disk import SpanFile
 from nbdtool.errors import Error
@@ -29,16 +30,6 @@ FAST_SYMLINK = 60  # a shorter target is kept in i_block
 LOST_AND_FOUND = b"lost+found"
 _SECOND = 1_000_000_000
 _FIRST_TIME, _LAST_TIME = TIME_MIN * _SECOND, TIME_MAX * _SECOND + _SECOND - 1
-
-
-class Origin(Protocol):
-    """Where file contents come from."""
-
-    def open(self, ino: int) -> SpanFile:
-        """The file that holds the content of inode `ino`; OSError names it."""
-
-    def verify_access(self) -> list[str]:
-        """The files that can't be opened any more, each with the reason."""
 
 
 class Tree:
@@ -68,13 +59,13 @@ class Tree:
         self.parents = array("I", [0]) * FIRST
         self.ends = array("Q", [0]) * FIRST  # where a file's content ends in what `open` answers
         self.places = array("Q", [0]) * FIRST  # where it starts there
-        self.origin_of = bytearray(FIRST)
-        self.origins: list[Origin] = []
+        self.origin_of = bytearray(FIRST)  # which of the sources it comes from
         self.children: dict[int, dict[bytes, int]] = {}
         self.regular = array("I")  # regular files with content
         self.segments: dict[int, list[tuple[int, int, int]]] = {}  # sparse: offset, length, place
         self.targets: dict[int, bytes] = {}  # symlinks that aren't fast
-        self.xattrs: dict[int, tuple[tuple[bytes, bytes], ...]] = {}
+        self.xattrs: dict[int, tuple[Any, ...]] = {}  # of xattr.Attribute, sorted
+        self._xattr_sets: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self.linked: set[int] = set()  # what has or had more than one name
         self.replaced = False
         self.odd_times: list[int] = []  # whose times had to be moved into range
@@ -101,8 +92,8 @@ class Tree:
     ) -> int:
         """Add a node and return its inode number. Times in nanoseconds.
 
-        content: a symlink's target, or a device's i_block; place: where in the file that
-        `origins[origin]` opens a regular file's `size` bytes start.
+        content: a symlink's target, or a device's i_block; place: where a regular file's
+        `size` bytes start in the file that source number `origin` opens for it.
         """
         siblings = self.children[parent]
         kind = mode & 0o170000
@@ -128,11 +119,20 @@ class Tree:
                 self.children[ino] = {}
             elif kind == stat.S_IFREG and size:
                 self.regular.append(ino)
+        else:  # a directory takes the attributes of the later source
+            self.xattrs.pop(ino, None)
         self.put(ino, mode, uid, gid, size, atime, ctime, mtime, content)
         return ino
 
+    def set_xattrs(self, ino: int, attributes: Iterable[Any]) -> None:
+        """Give a node extended attributes (xattr.Attribute); equal sets are kept once."""
+        key = tuple(sorted(attributes))
+        if key:
+            self.xattrs[ino] = self._xattr_sets.setdefault(key, key)
+
     def set_root(self, mode: int, uid: int, gid: int, atime: int, ctime: int, mtime: int) -> None:
         """Give the root the attributes of a source's root; the last source wins."""
+        self.xattrs.pop(ROOT, None)
         self.put(ROOT, mode, uid, gid, 0, atime, ctime, mtime, b"")
         if not any(self.inodes[FIRST * INODE_SIZE + 8 : FIRST * INODE_SIZE + 20]):
             # lost+found is ours: as old as the root
@@ -152,14 +152,6 @@ class Tree:
         self.replaced = True
         if ino in self.children and ino != FIRST:
             del self.children[ino]
-
-    def open(self, ino: int) -> SpanFile:
-        """The file that holds a regular file's content, at places[ino] to ends[ino]."""
-        return self.origins[self.origin_of[ino]].open(ino)
-
-    def verify_access(self) -> list[str]:
-        """The files that can't be opened any more, each with the reason."""
-        return [failure for origin in self.origins for failure in origin.verify_access()]
 
     def path(self, ino: int) -> bytes:
         """The path of a node, from the root of the tree, without a leading slash."""
@@ -249,3 +241,30 @@ def check_links(tree: Tree, ino: int, count: int) -> int:
         name = tree.path(ino).decode(errors="backslashreplace")
         raise Error(f"{name}: has {count} hard links, an ext filesystem holds {LINK_MAX}")
     return count
+
+
+class Origin(Protocol):
+    """Where the contents of regular files come from."""
+
+    def open(self, ino: int) -> SpanFile:
+        """The file that holds the content of inode `ino`; OSError names it."""
+
+    def verify_access(self) -> list[str]:
+        """The files that can't be opened any more, each with the reason."""
+
+
+class Contents:
+    """The contents of a tree's regular files, which are at places[ino] to ends[ino] of `open`."""
+
+    def __init__(self, tree: Tree, origins: list[Origin]) -> None:
+        self.ends = tree.ends
+        self._origin_of = tree.origin_of
+        self._origins = origins
+
+    def open(self, ino: int) -> SpanFile:
+        """The file that holds the content of inode `ino`; OSError names it."""
+        return self._origins[self._origin_of[ino]].open(ino)
+
+    def verify_access(self) -> list[str]:
+        """The files that can't be opened any more, each with the reason."""
+        return [failure for origin in self._origins for failure in origin.verify_access()]

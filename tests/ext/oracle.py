@@ -68,11 +68,10 @@ def entries(root: Path) -> dict[bytes, Entry]:
     found: dict[bytes, Entry] = {}
     first: dict[tuple[int, int], bytes] = {}
     counts: dict[bytes, int] = {}
-    pending = [(os.open(root, os.O_RDONLY), b"")]
     here = os.open(".", os.O_RDONLY)
-    while pending:
-        directory, path = pending.pop()
-        os.fchdir(directory)
+
+    def visit(path: bytes) -> None:
+        directory = os.open(".", os.O_RDONLY)
         for name in sorted(os.listdir(b".")):
             if path == b"" and name == b"lost+found":
                 continue
@@ -90,8 +89,13 @@ def entries(root: Path) -> dict[bytes, Entry]:
                 _content(name, st),
             )
             if stat.S_ISDIR(st.st_mode):
-                pending.append((os.open(name, os.O_RDONLY), full + b"/"))
+                os.chdir(name)
+                visit(full + b"/")
+                os.fchdir(directory)
         os.close(directory)
+
+    os.chdir(root)
+    visit(b"")
     os.fchdir(here)
     os.close(here)
     return {path: (*entry, counts[entry[4]]) for path, entry in found.items()}
