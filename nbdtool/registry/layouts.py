@@ -259,24 +259,26 @@ def _dir(text: str) -> Source:
 
 def _storage(text: str) -> Source:
     """An image in podman's storage, taken out of it into a temporary file."""
-    if not text or text.startswith("-"):
-        raise UsageError(f"containers-storage:{text}: names no image")
-    commands = {
-        "podman": ["podman", "save", "--quiet", "--format", "docker-archive", text],
-        "skopeo": [
-            "skopeo", "copy", "--quiet", f"containers-storage:{text}", "docker-archive:/dev/stdout"
-        ],
-    }  # fmt: skip
     name = f"containers-storage:{text}"
-    found = [command for program, command in commands.items() if shutil.which(program)]
-    if not found:
-        raise Error(f"{name}: needs podman or skopeo; install one of them")
-    for command in found:
+    if not text or text.startswith("-"):
+        raise UsageError(f"{name}: names no image")
+    save = ["podman", "save", "--quiet", "--format"]
+    copy = ["skopeo", "copy", "--quiet", name, "docker-archive:/dev/stdout"]
+    failures = []
+    for command, oci in (
+        ([*save, "docker-archive", text], False),
+        ([*save, "oci-archive", text], True),  # of zstd layers podman makes no docker-archive
+        (copy, False),
+    ):
+        if not shutil.which(command[0]):
+            continue
         spool = Spool(name)
         size, failure = _run(command, spool)
         if not failure:
-            return DockerArchive(Archive(spool.disk(size, name)), name, "@0")
-    raise Error(f"{name}: {failure}")
+            archive = Archive(spool.disk(size, name))
+            return OciLayout(archive, name, "") if oci else DockerArchive(archive, name, "@0")
+        failures.append(failure)
+    raise Error(f"{name}: {failures[0] if failures else 'needs podman or skopeo; install one'}")
 
 
 def _run(command: list[str], spool: Spool) -> tuple[int, str]:

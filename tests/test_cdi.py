@@ -1,0 +1,413 @@
+"""nbdtool cdi against a real registry, and each other place that an image can be in."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+from tests.registry import rig
+
+MIB = 1 << 20
+Tool = Callable[..., Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No login, certificate or configuration of this machine's user is seen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        for name in "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "REGISTRY_AUTH_FILE", "DOCKER_CONFIG":
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A registry of plain HTTP."""
+    with rig.registry(tmp_path_factory.mktemp("registry")) as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory, run: Tool) -> Path:
+    """A raw disk with a filesystem and some holes."""
+    folder = tmp_path_factory.mktemp("raw")
+    (folder / "tree").mkdir()
+    (folder / "tree/noise").write_bytes(random.Random(1).randbytes(3 * MIB))
+    disk = folder / "disk.raw"
+    run("mke2fs", "-q", "-F", "-t", "ext4", "-d", folder / "tree", disk, "16M")
+    return disk
+
+
+@pytest.fixture(scope="module")
+def qcow2(raw: Path, run: Tool) -> Path:
+    target = raw.with_suffix(".qcow2")
+    run("qemu-img", "convert", "-O", "qcow2", raw, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def pushed(
+    host: str, qcow2: Path, raw: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Images in the registry by what is special about them."""
+    layout = rig.Layout(tmp_path_factory.mktemp("layout") / "oci")
+    disk = rig.tar(("./disk/downloaded", qcow2.read_bytes()))
+    noise = rig.tar(("etc/motd", b"hello\n"))
+    for how in "gzip", "zstd", "none":
+        layout.image(disk, how=how, tag=how)
+    layout.image(rig.tar(("disk/vm.raw", raw.read_bytes())), tag="raw")
+    layout.image(noise, disk, rig.tar(("usr/bin/x", b"x" * 5000)), tag="layers", how="none")
+    layout.multi(
+        layout.image(rig.tar(("disk/arm", b"arm" * 1000)), arch="arm64"),
+        layout.image(rig.tar(("disk/intel", b"intel" * 1000)), arch="amd64"),
+        tag="multi",
+    )
+    names = {}
+    for tag in "gzip", "zstd", "none", "raw", "layers", "multi":
+        names[tag] = f"{host}/k/{tag}:v1"
+        rig.skopeo("--all", f"oci:{layout.path}:{tag}", f"docker://{names[tag]}")
+    names["docker"] = f"{host}/k/docker:v1"
+    rig.skopeo("--format", "v2s2", f"docker://{names['gzip']}", f"docker://{names['docker']}")
+    return names
+
+
+@pytest.fixture(scope="module")
+def cdi(nbdtool: Tool) -> Tool:
+    """cdi(name, ...) -> the CompletedProcess, of an image in a registry without TLS."""
+
+    def cdi(name: str, *args: Any, **kwargs: Any) -> Any:
+        return nbdtool("cdi", name, "--tls-verify=false", *args, **kwargs)
+
+    return cdi
+
+
+@pytest.fixture
+def written(cdi: Tool, tmp_path: Path) -> Callable[..., bytes]:
+    """The bytes that --to-file writes."""
+
+    def written(name: str, *args: Any, **kwargs: Any) -> bytes:
+        target = tmp_path / "written"
+        target.unlink(missing_ok=True)
+        cdi(name, *args, "--to-file", target, status=0, **kwargs)
+        return target.read_bytes()
+
+    return written
+
+
+# Which bytes
+
+
+@pytest.mark.parametrize("image", ["gzip", "zstd", "none", "docker"])
+def test_layer_is_the_tar_that_was_pushed(
+    image: str, pushed: dict[str, str], written: Tool, qcow2: Path
+) -> None:
+    assert written(pushed[image]) == rig.tar(("./disk/downloaded", qcow2.read_bytes()))
+
+
+@pytest.mark.parametrize("image", ["gzip", "zstd", "none", "docker", "layers"])
+def test_find_disk_decodes_qcow2(
+    image: str, pushed: dict[str, str], written: Tool, raw: Path
+) -> None:
+    assert written(pushed[image], "--find-disk") == raw.read_bytes()
+
+
+def test_find_disk_keeps_the_holes_of_a_raw_disk(
+    pushed: dict[str, str], cdi: Tool, raw: Path, tmp_path: Path
+) -> None:
+    cdi(pushed["raw"], "--find-disk", "--to-file", tmp_path / "disk", status=0)
+    assert (tmp_path / "disk").read_bytes() == raw.read_bytes()
+    assert (tmp_path / "disk").stat().st_blocks * 512 < 8 * MIB
+
+
+def test_raw_leaves_qcow2_as_it_is(pushed: dict[str, str], written: Tool, qcow2: Path) -> None:
+    assert written(pushed["gzip"], "--find-disk", "--raw") == qcow2.read_bytes()
+
+
+def test_layers_are_counted_from_both_ends(pushed: dict[str, str], written: Tool) -> None:
+    first, last = rig.tar(("etc/motd", b"hello\n")), rig.tar(("usr/bin/x", b"x" * 5000))
+    assert written(pushed["layers"]) == written(pushed["layers"], "layer=-3") == first
+    assert written(pushed["layers"], "layer=2") == written(pushed["layers"], "--layer=-1") == last
+
+
+@pytest.mark.parametrize("number", ["3", "-4", "x"])
+def test_there_is_no_such_layer(number: str, pushed: dict[str, str], cdi: Tool) -> None:
+    done = cdi(pushed["layers"], f"layer={number}", "--to-file", "-", status=2)
+    assert "layer" in done.stderr
+
+
+def test_digest_pins_the_image(pushed: dict[str, str], written: Tool, raw: Path, run: Tool) -> None:
+    inspected = run("skopeo", "inspect", "--tls-verify=false", f"docker://{pushed['gzip']}")
+    digest = json.loads(inspected)["Digest"]
+    name = pushed["gzip"].replace(":v1", "")
+    assert written(f"{name}@{digest}", "--find-disk") == raw.read_bytes()
+    assert written(f"docker://{name}:other@{digest}", "--find-disk") == raw.read_bytes()
+
+
+@pytest.mark.parametrize(("platform", "word"), [("linux/arm64", b"arm"), ("linux/amd64", b"intel")])
+def test_platform_chooses_of_an_index(
+    platform: str, word: bytes, pushed: dict[str, str], written: Tool
+) -> None:
+    options = ("--find-disk", f"--platform={platform}")
+    assert written(pushed["multi"], *options) == word * 1000
+
+
+def test_missing_platform_lists_those_there_are(pushed: dict[str, str], cdi: Tool) -> None:
+    done = cdi(pushed["multi"], "--platform=linux/s390x", "--to-file", "-", status=1)
+    assert "linux/amd64, linux/arm64" in done.stderr
+
+
+def test_seed_page_example(pushed: dict[str, str], cdi: Tool, raw: Path, tmp_path: Path) -> None:
+    words = ["--filter=qcow2dec", "--filter=tar", "tar-entry=./disk/downloaded"]
+    script = f'nbdcopy "$uri" {tmp_path}/copy; nbdinfo "$uri"'
+    done = cdi(pushed["docker"], *words, "--run", script, status=0)
+    assert "export-size: 16777216 (16M)" in done.stdout and "ext4 filesystem" in done.stdout
+    assert (tmp_path / "copy").read_bytes() == raw.read_bytes()
+
+
+def test_start_up_line_tells_what_is_served(pushed: dict[str, str], serve: Tool) -> None:
+    name = pushed["gzip"]
+    with serve("cdi", name, "--tls-verify=false") as server:
+        assert f"{name}, layer 0 of 1" in server.log() and "--find-disk" in server.log()
+    with serve("cdi", name, "--tls-verify=false", "--find-disk") as server:
+        assert "disk/downloaded, qcow2" in server.log()
+    with serve("cdi", pushed["raw"], "--tls-verify=false", "--find-disk") as server:
+        assert "disk/vm.raw, raw" in server.log()
+
+
+def test_list(pushed: dict[str, str], cdi: Tool) -> None:
+    table = cdi(pushed["layers"], "--list", status=0).stdout
+    assert "usr/bin/x" in table and "4.9 KiB" in table and "layer 2" in table
+    content = json.loads(cdi(pushed["layers"], "--list", "--json", status=0).stdout)
+    assert [layer["files"][0]["name"] for layer in content["layers"]] == [
+        "etc/motd",
+        "./disk/downloaded",
+        "usr/bin/x",
+    ]
+    assert content["layers"][2]["files"] == [{"name": "usr/bin/x", "type": "file", "size": 5000}]
+    assert content["platform"] == "linux/amd64"
+
+
+# Where images are
+
+
+def test_buildah_and_podman_agree(
+    host: str, qcow2: Path, raw: Path, written: Tool, run: Tool, tmp_path: Path
+) -> None:
+    name = f"{host}/k/built:v1"
+    container = run("buildah", "from", "scratch").strip()
+    try:
+        run("buildah", "copy", "-q", container, qcow2, "/disk/vm.qcow2")
+        run("buildah", "commit", "-q", "--tls-verify=false", container, f"docker://{name}")
+    finally:
+        run("buildah", "rm", container)
+    assert written(name, "--find-disk") == raw.read_bytes()
+    run("podman", "pull", "-q", "--tls-verify=false", name)
+    try:
+        assert written(f"containers-storage:{name}", "--find-disk") == raw.read_bytes()
+        run("podman", "save", "-q", "--format", "docker-dir", "-o", tmp_path / "saved", name)
+        saved = json.loads((tmp_path / "saved/manifest.json").read_text())
+        layer = tmp_path / "saved" / saved["layers"][0]["digest"][7:]
+        assert written(name) == written(f"containers-storage:{name}") == layer.read_bytes()
+    finally:
+        run("podman", "rmi", "-f", name)
+
+
+def test_zstd_image_in_podmans_storage(
+    pushed: dict[str, str], raw: Path, written: Tool, run: Tool
+) -> None:
+    run("podman", "pull", "-q", "--tls-verify=false", pushed["zstd"])
+    try:
+        name = f"containers-storage:{pushed['zstd']}"
+        assert written(name, "--find-disk") == raw.read_bytes()
+    finally:
+        run("podman", "rmi", "-f", pushed["zstd"])
+
+
+@pytest.mark.parametrize("image", ["gzip", "zstd", "layers"])
+@pytest.mark.parametrize("transport", ["oci", "oci-archive", "docker-archive", "dir"])
+def test_transports(
+    transport: str, image: str, pushed: dict[str, str], raw: Path, written: Tool, tmp_path: Path
+) -> None:
+    if (transport, image) == ("docker-archive", "zstd"):
+        image = "docker"  # skopeo can't write the other
+    suffix = {"oci": ":v1", "oci-archive": ":v1", "docker-archive": ":k/demo:v1"}.get(transport, "")
+    rig.skopeo(f"docker://{pushed[image]}", f"{transport}:{tmp_path}/copy{suffix}")
+    assert written(f"{transport}:{tmp_path}/copy", "--find-disk") == raw.read_bytes()
+    assert written(f"{transport}:{tmp_path}/copy{suffix}", "layer=-1") == written(
+        pushed[image], "layer=-1"
+    )
+
+
+def test_compressed_docker_archive(
+    pushed: dict[str, str], raw: Path, written: Tool, run: Tool, tmp_path: Path
+) -> None:
+    rig.skopeo(f"docker://{pushed['gzip']}", f"docker-archive:{tmp_path}/image.tar")
+    run("gzip", tmp_path / "image.tar")
+    assert written(f"docker-archive:{tmp_path}/image.tar.gz", "--find-disk") == raw.read_bytes()
+
+
+def test_all_platforms_of_a_directory(
+    pushed: dict[str, str], written: Tool, tmp_path: Path
+) -> None:
+    rig.skopeo("--all", f"docker://{pushed['multi']}", f"dir:{tmp_path}/copy")
+    found = written(f"dir:{tmp_path}/copy", "--find-disk", "--platform=linux/arm64")
+    assert found == b"arm" * 1000
+
+
+def test_one_of_several_images(raw: Path, written: Tool, cdi: Tool, tmp_path: Path) -> None:
+    layout = rig.Layout(tmp_path / "oci")
+    layout.image(rig.tar(("disk/a", b"a")), tag="a")
+    layout.image(rig.tar(("disk/b", b"b")), tag="b")
+    assert written(f"oci:{layout.path}:b", "--find-disk") == b"b"
+    for name in f"oci:{layout.path}", f"oci:{layout.path}:c":
+        assert "there are a, b" in cdi(name, "--to-file", "-", status=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("oci:/nonexistent", "no such directory"),
+        ("dir:/etc", "manifest.json"),
+        ("docker-archive:/etc/passwd", "not a tar archive"),
+        ("oci-archive:/nonexistent", "No such file"),
+        ("containers-storage:no/such/image", "no/such/image"),
+        ("docker-daemon:x", "isn't known"),
+        ("Host.example/UPPER", "lower case"),
+        ("host.example/a:b:c", "can't be part"),
+        ("host.example/a@sha256:12", "not a digest"),
+        ("127.0.0.1:1/x", "refused"),
+    ],
+)
+def test_bad_names(name: str, said: str, nbdtool: Tool) -> None:
+    done = nbdtool("cdi", name, "--retry=0", "--to-file", "-")
+    assert done.returncode in (1, 2) and said in done.stderr and done.stdout == ""
+
+
+# Which file is the disk
+
+
+def layered(tmp_path: Path, *layers: bytes) -> str:
+    layout = rig.Layout(tmp_path / "layered")
+    layout.image(*layers, tag="v1")
+    return f"oci:{layout.path}"
+
+
+def directory(name: str) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = tarfile.DIRTYPE
+    return info
+
+
+def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+OLD = rig.tar(("disk/old", b"old"))
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ((OLD, rig.tar(("disk/new", b"new"))), b"new"),
+        ((OLD, rig.tar(("etc/x", b"x")), rig.tar(("disk2/x", b"x"))), b"old"),
+        ((rig.tar(("disk/a", b"a")), OLD, rig.tar(("disk/.wh.old", b""))), b"a"),
+        ((rig.tar(("disk/old", b"1")), rig.tar(("./disk/old", b"2"))), b"2"),
+        ((rig.tar(("disk/a", b"1"), ("/disk/a", b"22"), ("x", b"y")),), b"22"),
+        ((rig.tar(directory("disk/"), ("disk/deep/er/a", b"deep")),), b"deep"),
+        ((rig.tar(("images/a", b"hard"), link("disk/a", "images/a", tarfile.LNKTYPE)),), b"hard"),
+        (
+            (rig.tar(("disk/a", b"a"), link("disk/a", "x", tarfile.SYMTYPE), ("disk/b", b"b")),),
+            b"b",
+        ),
+        ((rig.tar(("disk/../etc/passwd", b"x"), ("disk/a", b"a")),), b"a"),
+    ],
+    ids=["topmost", "lower", "whiteout", "replaced", "appended", "deep", "hard", "over", "dots"],
+)
+def test_which_file_is_the_disk(
+    layers: tuple[bytes, ...], expected: bytes, written: Tool, tmp_path: Path
+) -> None:
+    assert written(layered(tmp_path, *layers), "--find-disk") == expected
+
+
+@pytest.mark.parametrize(
+    "upper",
+    [
+        rig.tar(("disk/.wh.old", b"")),
+        rig.tar(("disk/.wh..wh..opq", b"")),
+        rig.tar(("./.wh.disk", b"")),
+        rig.tar((".wh..wh..opq", b"")),
+        rig.tar(link("disk", "elsewhere", tarfile.SYMTYPE)),
+        rig.tar(link("disk/old", "elsewhere", tarfile.SYMTYPE)),
+        rig.tar(directory("disk/old/")),
+    ],
+    ids=["file", "opaque", "folder", "root", "link", "file-link", "directory"],
+)
+def test_hidden_disk_is_not_found(upper: bytes, cdi: Tool, tmp_path: Path) -> None:
+    done = cdi(layered(tmp_path, OLD, upper), "--find-disk", "--to-file", "-", status=1)
+    assert "no file below disk/" in done.stderr and "--list" in done.stderr
+
+
+def test_several_disks_are_listed(cdi: Tool, tmp_path: Path) -> None:
+    name = layered(tmp_path, rig.tar(("disk/b", b"b"), ("disk/a", b"a")))
+    done = cdi(name, "--find-disk", "--to-file", "-", status=1)
+    assert "disk/a, disk/b" in done.stderr and done.stdout == ""
+
+
+def test_sparse_member_is_expanded(raw: Path, written: Tool, run: Tool, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    shutil.copy(raw, tmp_path / "disk/vm.raw")
+    run("fallocate", "--dig-holes", tmp_path / "disk/vm.raw")
+    for form in "gnu", "posix":
+        archive = tmp_path / "layer.tar"
+        run("tar", "-C", tmp_path, f"--format={form}", "--sparse", "-cf", archive, "disk")
+        assert archive.stat().st_size < 8 * MIB
+        (tmp_path / form).mkdir()
+        name = layered(tmp_path / form, archive.read_bytes())
+        assert written(name, "--find-disk") == raw.read_bytes()
+
+
+@pytest.mark.parametrize(("start", "word"), [(b"KDMV", "VMDK"), (b"\x1f\x8b\x08", "gzip")])
+def test_other_formats_are_not_taken_for_raw(
+    start: bytes, word: str, cdi: Tool, written: Tool, tmp_path: Path
+) -> None:
+    data = start + bytes(1000)
+    name = layered(tmp_path, rig.tar(("disk/x", data)))
+    assert word in cdi(name, "--find-disk", "--to-file", "-", status=1).stderr
+    assert written(name, "--find-disk", "--raw") == data
+
+
+def test_qcow2_that_names_a_host_file_is_refused(
+    cdi: Tool, raw: Path, run: Tool, tmp_path: Path
+) -> None:
+    overlay = tmp_path / "overlay"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", raw, "-F", "raw", overlay)
+    name = layered(tmp_path, rig.tar(("disk/x", overlay.read_bytes())))
+    done = cdi(name, "--find-disk", "--to-file", "-", status=1)
+    assert "backing file" in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--find-disk", "layer=0"),
+        ("--raw",),
+        ("--json",),
+        ("--platform=linux",),
+        ("--retry=x",),
+        ("--creds=ann",),
+    ],
+)
+def test_wrong_usage(words: tuple[str, ...], pushed: dict[str, str], cdi: Tool) -> None:
+    done = cdi(pushed["gzip"], *words, "--to-file", "-")
+    assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
