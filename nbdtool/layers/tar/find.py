@@ -115,15 +115,17 @@ class _Search:
         name = self._wanted if _resolve((), os.fsencode(self._wanted)) == self._path else path
         if name != self._wanted:
             name = f"{self._wanted}, a link to {path},"
+        if not self._path:
+            name = "the archive itself"
         known = self._namesakes + self._others
         if member is not None and member.type != DIRECTORY:
             return f"{name} is not a regular file"
         inside = [other for other in known if _components(os.fsencode(other))[:-1] == self._path]
-        if member is not None or inside:
+        if member is not None or inside or not self._path:
             return f"{name} is a directory; its files: {_some(inside) or 'none'}"
         close = difflib.get_close_matches(path, self._others, 5, 0.5)
         near = self._namesakes[:5] + close or known
-        return f"there is no {name}; the nearest: {_some(near)}" if near else "it has no file"
+        return f"there is no {name}; " + (f"the nearest: {_some(near)}" if near else "nor any file")
 
 
 def _components(name: bytes) -> Path:
