@@ -98,6 +98,7 @@ class Server:
         signals.at_once = place.close
         child = None
         try:
+            self._privileges.give(place.made)
             self._become_server(disks)
             name = args.export_name or ""
             if args.run:
@@ -126,17 +127,12 @@ class Server:
     def _listen(self) -> listen.Place:
         args = self._args
         if args.unix is None and args.run and args.port is None and args.ip_addr is None:
-            place = listen.on_unix("-", 0o600)
-        elif args.unix is not None:
-            place = listen.on_unix(args.unix, args.unix_mode)
-        else:
-            families: list[int] = [socket.AF_INET] * (not args.ipv6_only)
-            families += [socket.AF_INET6] * (not args.ipv4_only)
-            return listen.on_tcp(args.ip_addr, 10809 if args.port is None else args.port, families)
-        if self._privileges.uid is not None and place.path is not None:
-            for path in place.made:
-                os.chown(path, self._privileges.uid, self._privileges.gid or -1)
-        return place
+            return listen.on_unix("-", 0o600)
+        if args.unix is not None:
+            return listen.on_unix(args.unix, args.unix_mode)
+        families: list[int] = [socket.AF_INET] * (not args.ipv6_only)
+        families += [socket.AF_INET6] * (not args.ipv4_only)
+        return listen.on_tcp(args.ip_addr, 10809 if args.port is None else args.port, families)
 
     def _announce(self, place: listen.Place, exports: Exports, name: str) -> None:
         """Tell everyone who waits that clients can connect."""

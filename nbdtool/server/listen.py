@@ -72,14 +72,16 @@ def on_tcp(address: str | None, port: int, families: list[int]) -> Place:
         break
     if not sockets:
         raise Error(f"{address or 'loopback'}: no such address on this machine")
-    first = sockets[0].getsockname()[0]
     place = Place(sockets, port=chosen)
-    if address is not None and not first.startswith("127.") and first != "::1":
-        everywhere = first in ("0.0.0.0", "::")
-        place.host = socket.gethostname() if everywhere else f"[{first}]" * (":" in first) or first
-        place.audience = "anyone who reaches this machine's port " + str(chosen)
-        if not everywhere:
-            place.audience = f"anyone who reaches {first} port {chosen}"
+    hosts = [str(sock.getsockname()[0]) for sock in sockets]
+    if not {"127.0.0.1", "0.0.0.0"} & set(hosts):
+        host = "::1" if "::" in hosts else hosts[0]
+        place.host = f"[{host}]" if ":" in host else host
+    reached = [host for host in hosts if not host.startswith("127.") and host != "::1"]
+    if {"0.0.0.0", "::"} & set(reached):
+        place.audience = f"anyone who reaches this machine's port {chosen}"
+    elif reached:
+        place.audience = f"anyone who reaches {' or '.join(reached)} port {chosen}"
     return place
 
 

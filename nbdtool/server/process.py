@@ -9,6 +9,7 @@ import signal
 import socket
 import stat
 import sys
+from collections.abc import Iterable
 from typing import Callable
 
 from nbdtool.errors import Error
@@ -88,12 +89,23 @@ class Privileges:
             except KeyError:
                 if not user.isdecimal():
                     raise Error(f"{user}: no such user; give -u another") from None
+                if group is None:
+                    raise Error(f"{user}: no such user, whose group is unknown; add -g") from None
                 self.uid = int(user)
         if group is not None:
             try:
                 self.gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
             except KeyError:
                 raise Error(f"{group}: no such group; give -g another") from None
+
+    def give(self, paths: Iterable[str]) -> None:
+        """Make them the owners of what is to be removed at the end; Error if we may not."""
+        if self.uid is not None:
+            try:
+                for path in paths:
+                    os.chown(path, self.uid, -1 if self.gid is None else self.gid)
+            except OSError as exc:
+                raise _denied(exc) from None
 
     def drop(self) -> None:
         """Become them for good; Error if we may not."""
@@ -104,7 +116,11 @@ class Privileges:
             if self.uid is not None:
                 os.setuid(self.uid)
         except OSError as exc:
-            raise Error(f"-u/-g: {exc.strerror}; start as root to change the user") from None
+            raise _denied(exc) from None
+
+
+def _denied(exc: OSError) -> Error:
+    return Error(f"-u/-g: {exc.strerror}; start as root to change the user")
 
 
 def check_pid_file(path: str) -> None:
