@@ -21,6 +21,7 @@ SUMMARY = "serve a directory as a disk with a Linux filesystem"
 MAGIC = "dir"
 
 _LABEL_BYTES = 16
+_SECOND = 1_000_000_000  # in nanoseconds
 
 
 class _Size(NamedTuple):
@@ -30,7 +31,9 @@ class _Size(NamedTuple):
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
     add = parser.add_argument
-    add("--dir", metavar="DIRECTORY", help="the directory whose content the filesystem has")
+    add("--dir", metavar="DIRECTORY", action="append", default=[],
+        help="a directory whose content the filesystem has, or a tar archive (- is standard"
+        " input); of several, later ones are laid over earlier ones")  # fmt: skip
     add("--type", choices=("ext2", "ext3", "ext4"), default="ext2", help="the filesystem (ext2)")
     add("--label", type=_label, default="", help="the filesystem's label, at most 16 bytes")
     add("--size", type=_size, metavar="[+]SIZE",
@@ -42,6 +45,16 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         help="the blocks that only root may use (0)")  # fmt: skip
     add("--block-size", type=values.size, default=4096, help="1024, 2048 or 4096 bytes (4096)")
     values.add_flag(parser, "--no-journal", help="ext3 and ext4 without a journal")
+    add("--exclude", metavar="GLOB", action="append", default=[],
+        help="leave out files of this name, or with a slash of this path")  # fmt: skip
+    values.add_flag(parser, "--one-file-system", default=None,
+                    help="leave out what other filesystems hold (on for /)")  # fmt: skip
+    values.add_flag(parser, "--skip-unreadable", help="leave out files that can't be read")
+    values.add_flag(parser, "--whiteouts", help=".wh.NAME hides NAME of the sources before")
+    values.add_flag(parser, "--all-root", help="all files belong to root")
+    add("--chown", type=_owner, metavar="UID:GID", help="all files belong to these numbers")
+    add("--mtime", type=_time, metavar="TIME",
+        help="the time of all files: seconds since 1970, or like 2026-12-31T23:59:59Z")  # fmt: skip
     add("--part-type", default="linux", metavar="NAME",
         help="the partition's type: linux, root-x86-64, home, esp, ... or a GUID")  # fmt: skip
 
@@ -80,16 +93,38 @@ def _percent(text: str) -> float:
     return value
 
 
+def _owner(text: str) -> tuple[Optional[int], Optional[int]]:
+    uid, _, gid = text.partition(":")
+    for part in (uid, gid):
+        if part and (not part.isdecimal() or int(part) >= 1 << 32):
+            raise argparse.ArgumentTypeError(f"not UID:GID in numbers: {text!r}")
+    return int(uid) if uid else None, int(gid) if gid else None
+
+
+def _time(text: str) -> int:
+    import datetime
+
+    if text.lstrip("@").isdecimal():
+        return int(text.lstrip("@"))
+    try:
+        time = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not a time: {text!r}") from None
+    return int((time if time.tzinfo else time.astimezone()).timestamp())
+
+
 def open(args: argparse.Namespace) -> dict[str, Disk]:
     """{"": the disk}. Error: the directory can't be read, or no filesystem holds it."""
     import gc
 
-    if args.dir is None:
+    if not args.dir:
         raise UsageError("which directory? Give its path: nbdtool linuxdisk DIRECTORY")
     if args.block_size not in (1024, 2048, 4096):
         raise UsageError(f"--block-size={args.block_size}: choose 1024, 2048 or 4096")
     if args.no_journal and args.type == "ext2":
         warn("--no-journal: ext2 has none anyway")
+    if args.all_root and args.chown:
+        raise UsageError("--all-root and --chown: choose one")
     _part_type(args.part_type)
     enabled = gc.isenabled()
     gc.disable()  # the scan makes many objects and no garbage
@@ -103,16 +138,35 @@ def open(args: argparse.Namespace) -> dict[str, Disk]:
 
 def _make(args: argparse.Namespace) -> Disk:
     from nbdtool.ext.layout import Layout
-    from nbdtool.ext.scan import HostTree
-    from nbdtool.ext.tree import Contents, Tree
+    from nbdtool.ext.scan import HostTree, Selection
+    from nbdtool.ext.tree import Contents, Origin, Tree
 
     epoch = _source_date_epoch()
-    tree = Tree(extents=args.type == "ext4", clamp=None if epoch is None else epoch * 1_000_000_000)
-    source = HostTree(args.dir, tree)
-    if args.to_file not in (None, "-"):
-        _refuse_inside(args.to_file, args.dir)
-    source.scan()
-    return _disk(Contents(tree, [source]), Layout(tree, _options(args, epoch)), args)
+    tree = Tree(
+        extents=args.type == "ext4",
+        owner=(0, 0) if args.all_root else args.chown or (None, None),
+        clamp=None if epoch is None else epoch * _SECOND,
+        mtime=None if args.mtime is None else args.mtime * _SECOND,
+    )
+    origins: list[Origin] = []
+    for path in args.dir:
+        if args.to_file not in (None, "-"):
+            _refuse_inside(args.to_file, path)
+        alone = args.one_file_system
+        selection = Selection(
+            exclude=args.exclude,
+            one_file_system=os.path.realpath(path) == "/" if alone is None else alone,
+            skip_unreadable=args.skip_unreadable,
+            whiteouts=args.whiteouts,
+        )
+        tree.merged.clear()
+        source = HostTree(path, tree, len(origins), selection)
+        origins.append(source)
+        source.scan()
+    if tree.odd_times:
+        shown = ", ".join(os.fsdecode(tree.path(ino)) or "/" for ino in tree.odd_times[:10])
+        warn(f"{len(tree.odd_times)} files have dates outside 1901 to 2446, moved there: {shown}")
+    return _disk(Contents(tree, origins), Layout(tree, _options(args, epoch)), args)
 
 
 def _source_date_epoch() -> Optional[int]:
@@ -182,13 +236,16 @@ def _disk(contents: Contents, layout: Layout, args: argparse.Namespace) -> Regio
     owners = array("i", [len(memory) - 1, 0]) + layout.owners + array("i", [0, len(memory)])
     places = array("Q", [0, 0]) + layout.places + array("Q", [0, 0])
     disk = Regions(size, starts, owners, places, memory, contents)
-    disk.description = f"{args.dir} as {args.type} in a GPT partition"
+    disk.description = f"{', '.join(args.dir)} as {args.type} in a GPT partition"
     return disk
 
 
 def _refuse_inside(target: str, directory: str) -> None:
     """Error: the disk would be written into the tree that it is made of."""
-    root = os.stat(directory)
+    try:
+        root = os.stat(directory)
+    except OSError:
+        return  # whoever opens it says so
     path = os.path.dirname(os.path.realpath(target))
     while True:
         try:

@@ -2,22 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fnmatch
 import os
+import re
 import stat
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Optional, Union
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
 
 from nbdtool.disk import SpanFile, Stamp
-from nbdtool.errors import Error
+from nbdtool.errors import Error, warn
 from nbdtool.ext.structures import ROOT, encode_device
 from nbdtool.ext.tree import Tree
 from nbdtool.ext.xattr import attribute
 
+# what the kernel makes up: none of it belongs on a disk
+_PSEUDO_FILESYSTEMS = frozenset(
+    [
+        "autofs",
+        "binfmt_misc",
+        "bpf",
+        "cgroup",
+        "cgroup2",
+        "configfs",
+        "debugfs",
+        "devpts",
+        "devtmpfs",
+        "efivarfs",
+        "fusectl",
+        "hugetlbfs",
+        "mqueue",
+        "nsfs",
+        "proc",
+        "pstore",
+        "rpc_pipefs",
+        "securityfs",
+        "selinuxfs",
+        "sysfs",
+        "tracefs",
+    ]
+)
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class Selection(NamedTuple):
+    """What of a directory is taken."""
+
+    exclude: Sequence[str] = ()  # globs; one with a slash is for the path from the root
+    one_file_system: bool = False
+    skip_unreadable: bool = False  # leave it out with a warning
+    whiteouts: bool = False  # .wh.NAME hides NAME of the sources before, as in container layers
+
+
+_ALL = Selection()
 
 
 class HostTree:
@@ -27,10 +68,11 @@ class HostTree:
     without following a symlink, so that no change of the tree can lead outside it.
     """
 
-    def __init__(self, path: str, tree: Tree, number: int = 0) -> None:
+    def __init__(self, path: str, tree: Tree, number: int = 0, selection: Selection = _ALL) -> None:
         """number: which of the tree's sources this is. Error: no such directory, or not one."""
         self.path = path
         self._tree = tree
+        self._selection = selection
         self._number = number
         try:
             # the directory that the user names may be a symlink
@@ -44,14 +86,18 @@ class HostTree:
         self._stamps: dict[int, int] = {}  # by inode number: where in the next two
         self._identities = array("Q")  # device, inode
         self._changes = array("q")  # mtime, ctime
+        self._device = 0
+        self._excluded = _matcher(selection.exclude)
+        self._first = len(tree.names)  # what has a lower number is from other sources
         self.unreadable: list[str] = []
-        self.foreign_xattrs: set[str] = set()
+        self._foreign_xattrs: set[str] = set()
 
     def scan(self) -> None:
         """Add the directory to the tree. Error names what can't be read."""
         tree = self._tree
         with _working_directory():
             st = os.fstat(self._root.fd)
+            self._device = st.st_dev
             tree.set_root(
                 st.st_mode, st.st_uid, st.st_gid, st.st_atime_ns, st.st_ctime_ns, st.st_mtime_ns
             )
@@ -66,7 +112,13 @@ class HostTree:
                 found.reverse()
                 pending += found
         if self.unreadable:
-            raise Error(_summary("can't be read", self.unreadable))
+            text = f"{_summary(self.unreadable)}"
+            if not self._selection.skip_unreadable:
+                raise Error(f"can't read {text} (--skip-unreadable leaves such files out)")
+            warn(f"left out, can't read {text}")
+        if self._foreign_xattrs:
+            shown = ", ".join(sorted(self._foreign_xattrs)[:10])
+            warn(f"{self.path}: left out extended attributes that ext filesystems lack: {shown}")
 
     def _scan_directory(self, parent: int, links: dict[tuple[int, int], int]) -> list[int]:
         """Add what is in a directory; return its directories, in order."""
@@ -85,6 +137,12 @@ class HostTree:
             self.unreadable.append(f"{self._shown(parent)}: {_reason(error)}")
             return directories
         names.sort()
+        if self._excluded:
+            prefix = tree.path(parent)
+            prefix = prefix + b"/" if prefix else b""
+            names = [name for name in names if not self._excluded(prefix + name)]
+        if self._selection.whiteouts:
+            names = tree.apply_whiteouts(parent, names, self._first)
         for name in names:
             try:
                 st = lstat(name)
@@ -121,7 +179,8 @@ class HostTree:
                     number,
                 )
                 if kind == stat.S_IFDIR:
-                    directories.append(ino)
+                    if device == self._device or self._enters(ino, device):
+                        directories.append(ino)
                 elif nlink > 1:
                     links[device, inode] = ino
                     tree.linked.add(ino)
@@ -137,7 +196,19 @@ class HostTree:
                 continue  # it was removed since it was listed
             except (OSError, ValueError) as error:
                 self.unreadable.append(f"{self._shown(parent, name)}: {_reason(error)}")
+                if name in tree.children[parent]:
+                    tree.remove(parent, name)
         return directories
+
+    def _enters(self, ino: int, device: int) -> bool:
+        """Whether to scan a directory that is on another filesystem than the root."""
+        if self._selection.one_file_system:
+            return False
+        kind = _filesystem_types().get(device, "")
+        if kind in _PSEUDO_FILESYSTEMS:
+            warn(f"{self._shown(ino)}: left out what is in it, a {kind} filesystem")
+            return False
+        return True
 
     def _find_holes(self, ino: int, name: bytes, size: int) -> None:
         """Note which ranges of a sparse file hold data."""
@@ -173,7 +244,7 @@ class HostTree:
             if one is not None:
                 found.append(one)
             else:
-                self.foreign_xattrs.add(name)
+                self._foreign_xattrs.add(name)
         self._tree.set_xattrs(ino, found)
 
     def open(self, ino: int) -> SpanFile:
@@ -259,7 +330,7 @@ class _Recent:
         return value
 
 
-@contextmanager
+@contextlib.contextmanager
 def _working_directory() -> Iterator[None]:
     """Come back to the working directory afterwards."""
     here = os.open(".", os.O_PATH | os.O_CLOEXEC)
@@ -302,7 +373,30 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _summary(what: str, items: list[str]) -> str:
+def _summary(items: list[str]) -> str:
     """One line for a list of failures: the first ten and how many there are."""
-    rest = f", and {len(items) - 10} more" if len(items) > 10 else ""
-    return f"{len(items)} of the files {what}: " + "; ".join(items[:10]) + rest
+    if len(items) == 1:
+        return items[0]
+    rest = f"; and {len(items) - 10} more" if len(items) > 10 else ""
+    return f"{len(items)} files: " + "; ".join(items[:10]) + rest
+
+
+def _matcher(globs: Sequence[str]) -> Optional[Callable[[bytes], Any]]:
+    """What tells whether a path is excluded; None if nothing is."""
+    patterns = []
+    for glob in globs:
+        pattern = fnmatch.translate(glob.strip("/"))
+        patterns.append(pattern if "/" in glob.rstrip("/") else rf"(?:.*/)?(?:{pattern})")
+    joined = "|".join(f"(?:{pattern})" for pattern in patterns)
+    return re.compile(os.fsencode(joined), re.DOTALL).fullmatch if patterns else None
+
+
+def _filesystem_types() -> dict[int, str]:
+    """The type of each mounted filesystem by device number."""
+    types = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+            mount, _, rest = line.partition(b" - ")
+            major, minor = mount.split()[2].split(b":")
+            types[os.makedev(int(major), int(minor))] = rest.split()[0].decode(errors="replace")
+    return types

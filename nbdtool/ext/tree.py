@@ -27,6 +27,7 @@ from nbdtool.ext.structures import (
 )
 
 FAST_SYMLINK = 60  # a shorter target is kept in i_block
+WHITEOUT, OPAQUE = b".wh.", b".wh..wh..opq"
 LOST_AND_FOUND = b"lost+found"
 _SECOND = 1_000_000_000
 _FIRST_TIME, _LAST_TIME = TIME_MIN * _SECOND, TIME_MAX * _SECOND + _SECOND - 1
@@ -66,6 +67,7 @@ class Tree:
         self.targets: dict[int, bytes] = {}  # symlinks that aren't fast
         self.xattrs: dict[int, tuple[Any, ...]] = {}  # of xattr.Attribute, sorted
         self._xattr_sets: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self.merged: set[int] = set()  # directories that the present source has, too
         self.linked: set[int] = set()  # what has or had more than one name
         self.replaced = False
         self.odd_times: list[int] = []  # whose times had to be moved into range
@@ -120,6 +122,7 @@ class Tree:
             elif kind == stat.S_IFREG and size:
                 self.regular.append(ino)
         else:  # a directory takes the attributes of the later source
+            self.merged.add(ino)
             self.xattrs.pop(ino, None)
         self.put(ino, mode, uid, gid, size, atime, ctime, mtime, content)
         return ino
@@ -145,6 +148,34 @@ class Tree:
             self.remove(parent, name)
         siblings[name] = ino
         self.linked.add(ino)
+
+    def apply_whiteouts(self, parent: int, names: list[bytes], first: int) -> list[bytes]:
+        """Take away what whiteouts among a directory's names hide; answer the other names.
+
+        `.wh.NAME` hides NAME, and `.wh..wh..opq` all that is in the directory, but only what has
+        a number below `first`: what came from sources before. OCI image specification, layer.md.
+        """
+        marks = [name for name in names if name.startswith(WHITEOUT)]
+        for mark in marks:
+            if mark == OPAQUE:
+                self.clear(parent, first)
+            else:
+                self.hide(parent, mark[len(WHITEOUT) :], first)
+        return [name for name in names if not name.startswith(WHITEOUT)] if marks else names
+
+    def hide(self, parent: int, name: bytes, first: int) -> None:
+        """Take a name away that is from a source before; of a merged directory only its part."""
+        ino = self.children[parent].get(name, first)
+        if ino < first and ino != FIRST:
+            if ino in self.merged:
+                self.clear(ino, first)
+            else:
+                self.remove(parent, name)
+
+    def clear(self, directory: int, first: int) -> None:
+        """Hide all that is in a directory."""
+        for name in list(self.children[directory]):
+            self.hide(directory, name, first)
 
     def remove(self, parent: int, name: bytes) -> None:
         """Take a name away, and what is below it."""
