@@ -16,7 +16,7 @@ from nbdtool.progress import human
 from nbdtool.server import captive, listen, process
 from nbdtool.server.exports import Exports
 from nbdtool.server.handshake import Policy
-from nbdtool.server.service import Connection, Service
+from nbdtool.server.service import GRACE, Connection, Service
 from nbdtool.server.stream import PipeStream, SocketStream, Stream
 
 if TYPE_CHECKING:
@@ -148,7 +148,14 @@ class Server:
     def _serve_stream(self, service: Service, disks: dict[str, Disk]) -> int:
         assert self._stream is not None
         connection = Connection(self._stream)
-        _Signals(lambda: connection.shut_idle())
+
+        def stop() -> None:
+            service.stop()
+            connection.shut_idle()
+            signal.signal(signal.SIGALRM, lambda *_: connection.stream.shut())
+            signal.setitimer(signal.ITIMER_REAL, GRACE)
+
+        _Signals(stop)
         self._become_server(disks)
         process.notify("READY=1")
         service.serve(connection)

@@ -190,6 +190,14 @@ class PipeStream(Stream):
         except OSError as exc:
             raise Ended(str(exc)) from None
 
+    def shut(self, *, reading_only: bool = False) -> None:
+        # From a signal's handler: the poll() that it interrupted goes on with these.
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, self._in, inheritable=False)
+        if not reading_only:
+            os.dup2(null, self._out, inheritable=False)
+        os.close(null)
+
     def close(self) -> None:
         os.close(self._in)
         os.close(self._out)

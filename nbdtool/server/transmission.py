@@ -102,9 +102,9 @@ class Transmission:
                     self._replies.send()
             if self._replies.queued:
                 self._replies.send()
-            if self._stopping() and inbox.start == inbox.end:
-                return
             self.idle = inbox.start == inbox.end
+            if self.idle and self._stopping():
+                return
             try:
                 inbox.fill(inbox.end - inbox.start + 1)
                 self.idle = False

@@ -24,6 +24,7 @@ from tests.server.wire import (
     counted,
     harness,
     info_request,
+    packed_option,
 )
 
 HELLO = struct.pack(">I", 3)
@@ -37,11 +38,6 @@ def running() -> Iterator[Harness]:
     with harness(disk, timeout=5) as running:
         yield running
         assert running.client().read(0, 10) == disk.content[:10]
-
-
-def option(number: int, data: bytes = b"", length: int | None = None) -> bytes:
-    length = len(data) if length is None else length
-    return struct.pack(">8sII", b"IHAVEOPT", number, length) + data
 
 
 # In the handshake
@@ -113,10 +109,10 @@ def test_a_client_that_negotiates_for_ever_is_dropped(running: Harness) -> None:
 
 HANDSHAKE = (
     HELLO
-    + option(wire.STRUCTURED_REPLY)
-    + option(wire.SET_META_CONTEXT, context_request("", "base:allocation"))
-    + option(wire.INFO, info_request("name", (1, 2, 3)))
-    + option(wire.GO, info_request("name", (3,)))
+    + packed_option(wire.STRUCTURED_REPLY)
+    + packed_option(wire.SET_META_CONTEXT, context_request("", "base:allocation"))
+    + packed_option(wire.INFO, info_request("name", (1, 2, 3)))
+    + packed_option(wire.GO, info_request("name", (3,)))
     + struct.pack(">IHHQQI", 0x25609513, 0, wire.READ, 1, 0, 4096)
 )
 

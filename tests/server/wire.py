@@ -49,6 +49,11 @@ def context_request(name: Union[str, bytes] = "", *queries: str) -> bytes:
     return counted(name) + struct.pack(">I", len(queries)) + b"".join(map(counted, queries))
 
 
+def packed_option(option: int, data: bytes = b"", length: int | None = None) -> bytes:
+    """An option, whose length may be a lie."""
+    return struct.pack(">8sII", b"IHAVEOPT", option, len(data) if length is None else length) + data
+
+
 @dataclass
 class Chunk:
     """A chunk of a structured or extended reply."""
@@ -128,8 +133,7 @@ class Client:
 
     def option(self, option: int, data: bytes = b"", length: int | None = None) -> None:
         """Send an option, whose length may be a lie."""
-        length = len(data) if length is None else length
-        self.send(struct.pack(">8sII", b"IHAVEOPT", option, length) + data)
+        self.send(packed_option(option, data, length))
 
     def reply(self, option: int) -> tuple[int, bytes]:
         """The next reply, to that option: (type, data)."""
