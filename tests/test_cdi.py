@@ -73,7 +73,9 @@ def pushed(
     names = {}
     for tag in "gzip", "zstd", "none", "raw", "layers", "multi":
         names[tag] = f"{host}/k/{tag}:v1"
-        rig.skopeo("--all", f"oci:{layout.path}:{tag}", f"docker://{names[tag]}")
+        rig.skopeo(
+            "--all", "--preserve-digests", f"oci:{layout.path}:{tag}", f"docker://{names[tag]}"
+        )
     names["docker"] = f"{host}/k/docker:v1"
     rig.skopeo("--format", "v2s2", f"docker://{names['gzip']}", f"docker://{names['docker']}")
     return names

@@ -101,7 +101,7 @@ class Registry:
     def pause(self, attempt: int, failure: Broken) -> None:
         """Wait before attempt number 1, 2, ... or raise Error if there were enough."""
         if attempt > self._retries:
-            tried = f" ({attempt} attempts)" if self._retries else ""
+            tried = f" ({attempt} attempts)" if attempt > 1 and not failure.refused else ""
             raise Error(f"{self.reference}: {failure}{tried}")
         seconds = max(failure.wait, min(0.25 * 4 ** (attempt - 1), 16))
         debug(f"{failure}; trying again in {seconds:g} s")
@@ -113,7 +113,7 @@ class Registry:
             try:
                 return action()
             except Broken as failure:
-                attempt += 1
+                attempt = self._retries + 1 if failure.refused else attempt + 1
                 self.pause(attempt, failure)
 
     # Requests and their authentication

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import socket
 import ssl
 import urllib.parse
 from collections.abc import Mapping
@@ -147,7 +148,10 @@ class Client:
                 return response
             target = response.headers.get("Location", "")
             response.read_all(1 << 20, url)
-            url = urllib.parse.urljoin(url, target)
+            try:
+                url = urllib.parse.urljoin(url, target)
+            except ValueError:
+                raise Error(f"{origin}: redirects to {target!r}, which is not a URL") from None
             if Origin.of(url).scheme == "http" and origin.scheme == "https":
                 raise Error(f"{origin} redirects from https to {url!r}; that isn't followed")
             debug(f"redirected to {Origin.of(url)}")
@@ -208,11 +212,14 @@ class Client:
             raise PlainHttp(
                 f"{origin}: it doesn't speak TLS; --tls-verify=false allows plain HTTP"
             ) from None
-        if isinstance(exc, ssl.SSLError):
+        ended = isinstance(exc, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+        if isinstance(exc, ssl.SSLError) and not ended:
             text = f"{origin}: TLS failed: {exc.reason or exc}; does it want a client certificate?"
             raise Error(f"{text} (containers-certs.d(5))") from None
         if isinstance(exc, http.client.InvalidURL) or type(exc) is ValueError:
             raise Error(f"{origin}: {exc}") from None
+        if isinstance(exc, socket.gaierror) and exc.errno == socket.EAI_NONAME:
+            raise Error(f"{origin}{via}: there is no such host") from None
         refused = isinstance(exc, ConnectionRefusedError)
         raise Broken(f"{origin}{via}: {_reason(exc)}", refused=refused) from None
 

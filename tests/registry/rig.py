@@ -28,7 +28,7 @@ USER, PASSWORD = "ann", "se:cret"
 # bcrypt of PASSWORD at the lowest cost
 HTPASSWD = "ann:$2b$04$4yFVukO1p1TaLWDwd8zzieyZNiWhElHQ.Y/DHXqs1sFRyOrDFC8XG"
 
-File = tuple[str, bytes]
+_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
 
 
 def tar(*members: Any) -> bytes:
@@ -136,10 +136,10 @@ class Certificates:
 
     def __post_init__(self) -> None:
         self._openssl("req", "-x509", "-subj", "/CN=test CA", "-days", "2", "-nodes",
-                      "-newkey", "rsa:2048", "-keyout", "ca.key", "-out", "ca.crt")  # fmt: skip
+                      *_KEY, "-keyout", "ca.key", "-out", "ca.crt")  # fmt: skip
         (self.directory / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
         for name in "server", "client":
-            self._openssl("req", "-subj", f"/CN={name}", "-nodes", "-newkey", "rsa:2048",
+            self._openssl("req", "-subj", f"/CN={name}", "-nodes", *_KEY,
                           "-keyout", f"{name}.key", "-out", f"{name}.csr")  # fmt: skip
             self._openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.crt", "-CAkey",
                           "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names",
