@@ -49,11 +49,11 @@ def write_disk(disk: Disk, target: str) -> None:
         if target == "-":
             _copy(disk, _standard_output(), progress)
             return
-        mode = _file_type(target)
-        if mode == stat.S_IFREG:
+        kind = _file_type(target)
+        if kind == stat.S_IFREG:
             with _replacement(os.path.realpath(target)) as fd:
                 _copy(disk, _RegularFile(fd), progress)
-        elif mode == stat.S_IFBLK:
+        elif kind == stat.S_IFBLK:
             with _closing(os.open(target, os.O_WRONLY | os.O_EXCL)) as fd:
                 _copy(disk, _BlockDevice(fd, disk.size), progress)
         else:
@@ -268,7 +268,11 @@ class _BlockDevice(_RegularFile):
             return
         _Stream.write_zeroes(self, offset, start - offset)
         for at in range(start, stop, _RUN):
-            fcntl.ioctl(self.fd, _BLKZEROOUT, struct.pack("QQ", at, min(_RUN, stop - at)))
+            length = min(_RUN, stop - at)
+            try:
+                fcntl.ioctl(self.fd, _BLKZEROOUT, struct.pack("QQ", at, length))
+            except OSError:
+                _Stream.write_zeroes(self, at, length)
         _Stream.write_zeroes(self, stop, end - stop)
 
     def finish(self, size: int) -> None:
@@ -297,42 +301,55 @@ def _refuse_terminal(fd: int) -> None:
 def _replacement(path: str) -> Iterator[int]:
     """A descriptor of a new file, which is put at `path` if nothing is raised."""
     folder, name = os.path.split(path)
-    temporary = f".{name[:60]}.{os.urandom(6).hex()}.tmp"
+    temporary = f".{name[:48]}.{os.urandom(6).hex()}.tmp"
     with _closing(os.open(folder, os.O_RDONLY | os.O_DIRECTORY)) as directory:
         try:
-            with _closing(_new_file(folder, temporary, directory)) as fd:
-                _take_after(path, fd)
+            old = _old_file(path)
+            mode = 0o600 if old else 0o666
+            with _closing(_new_file(folder, temporary, directory, mode)) as fd:
+                if old:
+                    _take_after(old, fd)
                 yield fd
                 _publish(fd, directory, temporary, name)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=directory)
             raise
-        os.fsync(directory)
+        with contextlib.suppress(OSError):  # not every filesystem can
+            os.fsync(directory)
 
 
-def _new_file(folder: str, temporary: str, directory: int) -> int:
+def _new_file(folder: str, temporary: str, directory: int, mode: int) -> int:
     """Open an unnamed file, or a named one where an unnamed one can't be had or linked."""
     if os.path.exists("/proc/self/fd"):
         try:
-            return os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666)
+            return os.open(folder, os.O_TMPFILE | os.O_WRONLY, mode)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
                 raise
-    return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666, dir_fd=directory)
+    return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode, dir_fd=directory)
 
 
-def _take_after(path: str, fd: int) -> None:
-    """Give a new file the owner and the mode of the one that it replaces, if there is one."""
+def _old_file(path: str) -> os.stat_result | None:
+    """The file that will be replaced, if there is one; OSError if we couldn't write to it."""
     try:
         old = os.stat(path)
     except FileNotFoundError:
-        return
+        return None
     if not os.access(path, os.W_OK, effective_ids=True):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return old
+
+
+def _take_after(old: os.stat_result, fd: int) -> None:
+    """Give a new file the owner and the mode of the old one."""
     new = os.fstat(fd)
     if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-        os.fchown(fd, old.st_uid, old.st_gid)
+        try:
+            os.fchown(fd, old.st_uid, old.st_gid)
+        except PermissionError:
+            text = "it belongs to somebody else, which can't be kept: remove it first"
+            raise PermissionError(errno.EPERM, text) from None
     os.fchmod(fd, stat.S_IMODE(old.st_mode))
 
 

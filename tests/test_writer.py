@@ -258,9 +258,22 @@ class TestAppearance:
         left = [path.name for path in target.parent.iterdir()]
         return target.read_bytes() == old and left == ["target"] if old else left == []
 
-    def test_success(self, disk: SpanDisk, target: Path) -> None:
+    def test_success(self, disk: SpanDisk, target: Path, old: bytes | None) -> None:
+        mode = 0o644
+        if old:
+            mode = 0o600
+            target.chmod(mode)
         writer.write_disk(disk, str(target))
         assert target.read_bytes() == disk.content()
+        assert stat.S_IMODE(target.stat().st_mode) == mode
+
+    def test_longest_name(self, folder: Path, old: bytes | None) -> None:
+        target = folder / ("\U0001f4be" * 63)
+        if old:
+            target.write_bytes(old)
+        writer.write_disk(SpanDisk([b"new"]), str(target))
+        assert target.read_bytes() == b"new"
+        target.rename(folder / "target")
 
     def test_source_fails(self, target: Path, old: bytes | None) -> None:
         with pytest.raises(Error, match=r"^the source broke$"):
@@ -335,6 +348,22 @@ def test_unwritable(what: str) -> None:
         os.seteuid(65534)
         try:
             with pytest.raises(Error, match=rf"^{target}: Permission denied$"):
+                writer.write_disk(SpanDisk([b"new"]), str(target))
+        finally:
+            os.seteuid(0)
+        assert target.read_bytes() == b"old"
+        assert os.listdir(name) == ["target"]
+
+
+def test_owner_that_can_not_be_kept() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        target = Path(name, "target")
+        target.write_bytes(b"old")
+        target.chmod(0o666)
+        Path(name).chmod(0o777)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(Error, match=rf"^{target}: it belongs to somebody else"):
                 writer.write_disk(SpanDisk([b"new"]), str(target))
         finally:
             os.seteuid(0)
