@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,14 @@ class Budget:
     """What the connections of a server may hold in memory.
 
     share is what a connection may use without asking, in bytes, for queued replies and again for a
-    payload buffer that it keeps; take() is for a request that needs more.
+    payload buffer that it keeps; take() is for a request that needs more. alone says that there is
+    one connection and a processor to spare for it: it may look out for the next request awake.
     """
 
     def __init__(self) -> None:
         self.share = _SHARE_MAX
+        self.alone = False
+        self._processors = len(os.sched_getaffinity(0))
         self._connections = 0
         self._free = _LARGE
         self._changed = threading.Condition()
@@ -38,6 +42,7 @@ class Budget:
         with self._changed:
             self._connections += change
             self.share = min(_SHARE_MAX, _SHARED // max(self._connections, 1))
+            self.alone = self._connections == 1 < self._processors
 
     @contextmanager
     def take(self, length: int, before_waiting: Callable[[], None]) -> Iterator[None]:

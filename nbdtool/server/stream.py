@@ -218,8 +218,11 @@ class Inbox:
         self.view = memoryview(bytearray(self.SIZE))
         self.start = self.end = 0
 
-    def fill(self, need: int) -> None:
-        """Receive until `need` (at most SIZE) bytes are there; Ended if the stream ends."""
+    def fill(self, need: int, *, soon: bool = False) -> None:
+        """Receive until `need` (at most SIZE) bytes are there; Ended if the stream ends.
+
+        soon: they are expected at once, as is the rest of what has begun to come.
+        """
         view = self.view
         if self.start == self.end:
             self.start = self.end = 0
@@ -228,7 +231,7 @@ class Inbox:
             view[:rest] = bytes(view[self.start : self.end])
             self.start, self.end = 0, rest
         while self.end - self.start < need:
-            self.end += self.stream.recv_into(view[self.end :], soon=self.end > self.start)
+            self.end += self.stream.recv_into(view[self.end :], soon=soon or self.end > self.start)
 
     def take(self, length: int) -> memoryview:
         """The next `length` (at most SIZE) bytes, valid until the next call of this object."""

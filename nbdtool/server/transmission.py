@@ -106,7 +106,7 @@ class Transmission:
             if self.idle and self._stopping():
                 return
             try:
-                inbox.fill(inbox.end - inbox.start + 1)
+                inbox.fill(inbox.end - inbox.start + 1, soon=budget.alone)
                 self.idle = False
             except (Stalled, Ended) as exc:
                 if inbox.start != inbox.end:
