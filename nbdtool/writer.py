@@ -25,6 +25,7 @@ from nbdtool.disk import (
 )
 from nbdtool.errors import Error
 from nbdtool.progress import Progress
+from nbdtool.replacement import closing, replacement
 
 _CHUNK = 1 << 20  # bytes asked of a disk, or copied through memory, at once
 _BATCH = 8  # chunks that a slow source prepares while as many are written
@@ -51,13 +52,13 @@ def write_disk(disk: Disk, target: str) -> None:
             return
         kind = _file_type(target)
         if kind == stat.S_IFREG:
-            with _replacement(os.path.realpath(target)) as fd:
+            with replacement(os.path.realpath(target)) as fd:
                 _copy(disk, _RegularFile(fd), progress)
         elif kind == stat.S_IFBLK:
-            with _closing(os.open(target, os.O_WRONLY | os.O_EXCL)) as fd:
+            with closing(os.open(target, os.O_WRONLY | os.O_EXCL)) as fd:
                 _copy(disk, _BlockDevice(fd, disk.size), progress)
         else:
-            with _closing(os.open(target, os.O_WRONLY | os.O_NOCTTY)) as fd:
+            with closing(os.open(target, os.O_WRONLY | os.O_NOCTTY)) as fd:
                 _refuse_terminal(fd)
                 _copy(disk, _Stream(fd), progress)
 
@@ -294,87 +295,6 @@ def _refuse_terminal(fd: int) -> None:
         raise OSError(errno.EINVAL, "a disk isn't written to a terminal; give a file or a pipe")
 
 
-# How a regular file appears
-
-
-@contextlib.contextmanager
-def _replacement(path: str) -> Iterator[int]:
-    """A descriptor of a new file, which is put at `path` if nothing is raised."""
-    folder, name = os.path.split(path)
-    temporary = f".{name[:48]}.{os.urandom(6).hex()}.tmp"
-    with _closing(os.open(folder, os.O_RDONLY | os.O_DIRECTORY)) as directory:
-        try:
-            old = _old_file(path)
-            mode = 0o600 if old else 0o666
-            with _closing(_new_file(folder, temporary, directory, mode)) as fd:
-                if old:
-                    _take_after(old, fd)
-                yield fd
-                _publish(fd, directory, temporary, name)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary, dir_fd=directory)
-            raise
-        with contextlib.suppress(OSError):  # not every filesystem can
-            os.fsync(directory)
-
-
-def _new_file(folder: str, temporary: str, directory: int, mode: int) -> int:
-    """Open an unnamed file, or a named one where an unnamed one can't be had or linked."""
-    if os.path.exists("/proc/self/fd"):
-        try:
-            return os.open(folder, os.O_TMPFILE | os.O_WRONLY, mode)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
-                raise
-    return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode, dir_fd=directory)
-
-
-def _old_file(path: str) -> os.stat_result | None:
-    """The file that will be replaced, if there is one; OSError if we couldn't write to it."""
-    try:
-        old = os.stat(path)
-    except FileNotFoundError:
-        return None
-    if not os.access(path, os.W_OK, effective_ids=True):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    return old
-
-
-def _take_after(old: os.stat_result, fd: int) -> None:
-    """Give a new file the owner and the mode of the old one."""
-    new = os.fstat(fd)
-    if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-        try:
-            os.fchown(fd, old.st_uid, old.st_gid)
-        except PermissionError:
-            text = "it belongs to somebody else, which can't be kept: remove it first"
-            raise PermissionError(errno.EPERM, text) from None
-    os.fchmod(fd, stat.S_IMODE(old.st_mode))
-
-
-def _publish(fd: int, directory: int, temporary: str, name: str) -> None:
-    """Put a complete file in its place.
-
-    linkat can't replace a file: over an old one, an unnamed file gets a name for a moment.
-    """
-    if not os.fstat(fd).st_nlink:
-        try:
-            _link(fd, directory, name)
-            return
-        except FileExistsError:
-            _link(fd, directory, temporary)
-    os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-
-
-def _link(fd: int, directory: int, name: str) -> None:
-    # With src_dir_fd Python calls linkat, and that with AT_SYMLINK_FOLLOW.
-    os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=directory, dst_dir_fd=directory)
-
-
-# Paths, descriptors and failures
-
-
 def _file_type(path: str) -> int:
     """The type of a file, links followed; that of a regular file if there is none."""
     try:
@@ -386,14 +306,6 @@ def _file_type(path: str) -> int:
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     return kind
-
-
-@contextlib.contextmanager
-def _closing(fd: int) -> Iterator[int]:
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager
