@@ -29,6 +29,7 @@ CONFIG = _CONFIGS[0]
 
 _MAX_DEPTH = 3  # of indexes within indexes
 _MAX_LAYERS = 4096
+_PLATFORM = r"(?a:[\w.-]+/[\w.-]+(/[\w.-]+)?)"
 _MACHINES = {
     "x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64", "i386": "386",
     "i686": "386", "armv6l": "arm", "armv7l": "arm", "armv8l": "arm", "loongarch64": "loong64",
@@ -72,7 +73,7 @@ class Platform(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Platform:
         """The platform of os/architecture[/variant]; raises Error."""
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?", text, re.ASCII):
+        if not re.fullmatch(_PLATFORM, text):
             raise Error(f"--platform={text}: not like linux/amd64 or linux/arm64/v8")
         return cls(*text.split("/"))
 
@@ -221,7 +222,7 @@ def _configuration(source: Source, descriptor: Descriptor, layers: int) -> tuple
     if len(diff_ids) != layers:
         raise Error(f"{what} has {len(diff_ids)} layers, the manifest has {layers}")
     found = _platform(content) or Platform("", "")
-    return str(found) if re.fullmatch(r"[\w./-]+", str(found)) else "", diff_ids
+    return str(found) if re.fullmatch(_PLATFORM, str(found)) else "", diff_ids
 
 
 def read_document(source: Source, descriptor: Descriptor, what: str) -> bytes:
