@@ -62,7 +62,7 @@ class FileDisk(Disk):
 
     def write(self, offset: int, data: memoryview) -> None:
         done = os.pwrite(self._fd, data, offset)
-        while done < len(data):
+        while done < len(data):  # a signal, or a disk that is about to be full
             done += os.pwrite(self._fd, data[done:], offset + done)
 
     def zero(self, offset: int, length: int, *, punch: bool, fast: bool) -> None:

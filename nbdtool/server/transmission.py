@@ -81,7 +81,7 @@ class Transmission:
         unpack_from, header = self._header.unpack_from, self._header.size
         magic = p.EXTENDED_REQUEST_MAGIC if self._extended else p.REQUEST_MAGIC
         size, small = self._size, _SMALL if self._minimum == 1 else 0
-        quick_read = self._quick_read
+        writable = not self._export.read_only
         prefetches = type(self._disk).prefetch is not Disk.prefetch
         while True:
             if prefetches:
@@ -94,10 +94,14 @@ class Transmission:
                 if command == p.CMD_DISC:
                     self._replies.send()
                     return
-                if command or flags or not 0 < length <= small or offset + length > size:
+                if flags or not 0 < length <= small or offset + length > size:
                     self._answer(flags, command, cookie, offset, length)
+                elif command == p.CMD_READ:
+                    self._quick_read(cookie, offset, length)
+                elif command == p.CMD_WRITE and writable:
+                    self._quick_write(cookie, offset, length)
                 else:
-                    quick_read(cookie, offset, length)
+                    self._answer(flags, command, cookie, offset, length)
                 if self._replies.queued >= budget.share:
                     self._replies.send()
             if self._replies.queued:
@@ -238,6 +242,19 @@ class Transmission:
             self._replies.data(cookie, offset, length, parts, whole=False)
         else:
             self._replies.small_data(cookie, offset, data)
+
+    def _quick_write(self, cookie: int, offset: int, length: int) -> None:
+        """What _answer and _write do with a plain small write, in fewer steps."""
+        inbox = self._inbox
+        if inbox.end - inbox.start < length:
+            self._replies.send()
+        payload = inbox.take(length)
+        try:
+            self._disk.write(offset, payload)
+        except Exception as exc:
+            self._failed(exc, 0, cookie, offset)
+        else:
+            self._replies.success(cookie, offset)
 
     def _write(self, flags: int, cookie: int, offset: int, length: int) -> None:
         if length <= _SMALL:
