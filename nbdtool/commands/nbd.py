@@ -1,0 +1,64 @@
+"""nbdtool nbd: the export of another NBD server."""
+
+from __future__ import annotations
+
+import argparse
+
+from nbdtool.disk import Disk
+from nbdtool.errors import UsageError
+
+SUMMARY = "serve the export of another NBD server"
+MAGIC = "uri"
+
+
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    add = parser.add_argument
+    add(
+        "--uri",
+        metavar="URI",
+        help="the export: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH; over TLS"
+        " nbds:// or nbds+unix://, with tls-certificates=DIR, tls-hostname=NAME and"
+        " tls-verify-peer=false in the query",
+    )
+    add(
+        "--connections",
+        type=_count,
+        default=4,
+        metavar="N",
+        help="at most, to a server that allows several (4)",
+    )
+    add(
+        "--reconnect",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long a request waits for a server that is gone, before it fails (30)",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 16:
+        raise argparse.ArgumentTypeError(f"not a number of connections: {text!r} (1 to 16)")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"not a number of seconds: {text!r}")
+    return seconds
+
+
+def open(args: argparse.Namespace) -> dict[str, Disk]:
+    from nbdtool.disks.nbd import NbdDisk
+
+    if args.uri is None:
+        raise UsageError("which export? Give its URI: nbdtool nbd nbd://HOST/EXPORT")
+    writable = not args.read_only and args.to_file is None
+    disk = NbdDisk(
+        args.uri, writable=writable, connections=args.connections, reconnect=args.reconnect
+    )
+    return {"": disk}
