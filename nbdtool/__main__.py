@@ -34,9 +34,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except MemoryError as exc:
+    except MemoryError:
         errors.fail(errors.Error("out of memory"))
-        errors.debug("where", exc)
+        return 1
+    except Exception as exc:
+        errors.fault(exc)
         return 1
 
 

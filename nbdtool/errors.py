@@ -39,6 +39,13 @@ def fail(exc: BaseException) -> None:
     debug("where it came from:", exc)
 
 
+def fault(exc: Exception) -> None:
+    """Print the one line of a mistake of ours."""
+    hint = "" if verbose else "; -v shows where"
+    _print(f"nbdtool: error: a fault in nbdtool: {type(exc).__name__}: {exc}{hint}")
+    debug("where it came from:", exc)
+
+
 def _print(line: str) -> None:
     # Names come from images and clients: what a terminal would obey is escaped.
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
