@@ -117,7 +117,7 @@ def pax_segments(
         if [key for key, _ in pairs] != [*keys] * (len(pairs) // 2):
             raise BadMap("its map is malformed")
         numbers = [value for _, value in pairs]
-    if "GNU.sparse.numblocks" in pax and _number(pax["GNU.sparse.numblocks"]) * 2 != len(numbers):
+    if _number(pax.get("GNU.sparse.numblocks", b"")) * 2 != len(numbers):
         raise BadMap("its map is not as long as it says")
     return _pairs(numbers), 0
 

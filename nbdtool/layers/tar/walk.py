@@ -254,6 +254,9 @@ def _member(
     if kind == _GNU_DIRECTORY:
         kind = DIRECTORY
     elif kind in _WITHOUT_DATA:
+        # Some writers tell the size of what a hard link is to, or of a directory.
+        if stored and kind not in (HARD_LINK, DIRECTORY):
+            _fail(begin, f"{name[:100]!r} can't have content, but says it has {stored} bytes")
         stored = 0
     elif kind in (OLD_REGULAR, CONTIGUOUS):
         kind = DIRECTORY if name.endswith(b"/") else REGULAR
@@ -319,14 +322,14 @@ def _records(data: bytes, at: int) -> list[tuple[str, bytes]]:
     begin = 0
     while begin < len(data):
         space = data.find(b" ", begin, begin + 10)
-        digits = data[begin:space] if space > 0 else b""
+        digits = data[begin : max(begin, space)]
         end = begin + (int(digits) if digits.isdigit() else 0)
-        key, equals, value = data[space + 1 : max(0, end - 1)].partition(b"=")
-        if end > len(data) or not equals or data[end - 1 : end] != b"\n":
+        key, equals, value = data[space + 1 : end].partition(b"=")
+        if not begin < space < end <= len(data) or not equals or not value.endswith(b"\n"):
             if not data[begin:].strip(b"\0"):
                 break  # padding of careless writers
             _fail(at, "an extended header is malformed")
-        result.append((key.decode(errors="backslashreplace"), value))
+        result.append((key.decode(errors="backslashreplace"), value[:-1]))
         begin = end
     return result
 
