@@ -61,7 +61,7 @@ def test_a_copy_survives_a_restart_of_the_server(
     tmp_path: Path, random_file: Callable[..., Path], command: list[str], serve: Any
 ) -> None:
     image, out, path = random_file(tmp_path / "big", 48 * MIB), tmp_path / "out", tmp_path / "s"
-    slow = ("nbdkit", "-f", "-U", path, "--filter=rate", "file", image, "rate=256M")
+    slow = ("nbdkit", "-f", "-U", path, "--filter=rate", "file", image, "rate=100M")
     behind = subprocess.Popen(slow)
     while not path.exists():
         time.sleep(0.01)
@@ -75,7 +75,7 @@ def test_a_copy_survives_a_restart_of_the_server(
     behind.wait()
     path.unlink()
     time.sleep(0.5)
-    behind = subprocess.Popen([word if word != "rate=256M" else "rate=4G" for word in slow])
+    behind = subprocess.Popen([word if word != "rate=100M" else "rate=4G" for word in slow])
     try:
         _, errors = copy.communicate(timeout=60)
         assert copy.returncode == 0, errors
