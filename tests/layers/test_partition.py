@@ -144,14 +144,15 @@ def test_as_others_see_it(
             run("partx", "--delete", device)
 
 
-class TestChoice:
-    @pytest.fixture(scope="class")
-    def table(self, tmp_path_factory: pytest.TempPathFactory, sectors: bytes) -> Path:
-        image = tmp_path_factory.mktemp("choice") / "image"
-        image.write_bytes(sectors)
-        sfdisk(image, SFDISK_GPT)
-        return image
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory, sectors: bytes) -> Path:
+    image = tmp_path_factory.mktemp("choice") / "image"
+    image.write_bytes(sectors)
+    sfdisk(image, SFDISK_GPT)
+    return image
 
+
+class TestChoice:
     @pytest.mark.parametrize(
         "value, start",
         [
