@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
-import uuid
-from typing import TYPE_CHECKING, NamedTuple, Optional
+import stat
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from nbdtool import values
 from nbdtool.disk import Disk
@@ -13,9 +14,12 @@ from nbdtool.errors import Error, UsageError, warn
 
 if TYPE_CHECKING:
     from nbdtool.disks.regions import Regions
+    from nbdtool.ext.archive import Archive
     from nbdtool.ext.layout import Layout
+    from nbdtool.ext.scan import HostTree
     from nbdtool.ext.sizing import Options
-    from nbdtool.ext.tree import Contents
+    from nbdtool.ext.tree import Contents, Tree
+    from nbdtool.zstd import Readable as _Readable
 
 SUMMARY = "serve a directory as a disk with a Linux filesystem"
 MAGIC = "dir"
@@ -50,6 +54,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     values.add_flag(parser, "--one-file-system", default=None,
                     help="leave out what other filesystems hold (on for /)")  # fmt: skip
     values.add_flag(parser, "--skip-unreadable", help="leave out files that can't be read")
+    values.add_flag(parser, "--copy", help="copy all data first, for files that may change")
     values.add_flag(parser, "--whiteouts", help=".wh.NAME hides NAME of the sources before")
     values.add_flag(parser, "--all-root", help="all files belong to root")
     add("--chown", type=_owner, metavar="UID:GID", help="all files belong to these numbers")
@@ -71,6 +76,8 @@ def _label(text: str) -> str:
 
 
 def _uuid(text: str) -> bytes:
+    import uuid
+
     try:
         return uuid.UUID(text).bytes
     except ValueError:
@@ -138,8 +145,9 @@ def open(args: argparse.Namespace) -> dict[str, Disk]:
 
 def _make(args: argparse.Namespace) -> Disk:
     from nbdtool.ext.layout import Layout
-    from nbdtool.ext.scan import HostTree, Selection
+    from nbdtool.ext.spool import copy_contents
     from nbdtool.ext.tree import Contents, Origin, Tree
+    from nbdtool.progress import Progress
 
     epoch = _source_date_epoch()
     tree = Tree(
@@ -150,23 +158,105 @@ def _make(args: argparse.Namespace) -> Disk:
     )
     origins: list[Origin] = []
     for path in args.dir:
-        if args.to_file not in (None, "-"):
-            _refuse_inside(args.to_file, path)
-        alone = args.one_file_system
-        selection = Selection(
-            exclude=args.exclude,
-            one_file_system=os.path.realpath(path) == "/" if alone is None else alone,
-            skip_unreadable=args.skip_unreadable,
-            whiteouts=args.whiteouts,
-        )
         tree.merged.clear()
-        source = HostTree(path, tree, len(origins), selection)
-        origins.append(source)
-        source.scan()
+        if path == "-" or os.path.isfile(path):
+            origins.append(_add_archive(path, tree, len(origins), args))
+        else:
+            origins.append(_add_directory(path, tree, len(origins), args))
     if tree.odd_times:
         shown = ", ".join(os.fsdecode(tree.path(ino)) or "/" for ino in tree.odd_times[:10])
         warn(f"{len(tree.odd_times)} files have dates outside 1901 to 2446, moved there: {shown}")
+    if args.copy:
+        with Progress("copying", sum(tree.sizes)) as progress:
+            origins = [copy_contents(tree, origins, progress.update)]
     return _disk(Contents(tree, origins), Layout(tree, _options(args, epoch)), args)
+
+
+def _add_directory(path: str, tree: Tree, number: int, args: argparse.Namespace) -> HostTree:
+    from nbdtool.ext.scan import HostTree, Selection
+    from nbdtool.progress import Progress
+
+    if args.to_file not in (None, "-"):
+        _refuse_inside(args.to_file, path)
+    alone = args.one_file_system
+    selection = Selection(
+        exclude=args.exclude,
+        one_file_system=os.path.realpath(path) == "/" if alone is None else alone,
+        skip_unreadable=args.skip_unreadable,
+        whiteouts=args.whiteouts,
+    )
+    source = HostTree(path, tree, number, selection)
+    with Progress("reading the tree", unit="files") as progress:
+        source.scan(progress.update)
+    return source
+
+
+def _add_archive(path: str, tree: Tree, number: int, args: argparse.Namespace) -> Archive:
+    import lzma
+    import zlib
+
+    from nbdtool.disk import SpanFile, Stamp
+    from nbdtool.ext.archive import Archive
+    from nbdtool.ext.spool import Spool
+    from nbdtool.layers.tar.walk import walk
+    from nbdtool.progress import Progress
+
+    name = "standard input" if path == "-" else path
+    try:
+        fd = os.dup(0) if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        st = os.fstat(fd)
+        file = SpanFile(fd, name, Stamp.of(st) if stat.S_ISREG(st.st_mode) else None)
+        with io.FileIO(fd, closefd=False) as raw, io.BufferedReader(raw) as buffered:
+            stream = _decompressed(buffered, name)
+            if file.stamp is None or stream is not buffered:
+                spool = Spool()
+                with Progress(f"unpacking {name}") as progress:
+                    spool.write(stream, progress.update)
+                file = spool.file
+    except OSError as error:
+        raise Error(f"{name}: {error.strerror or error}") from None
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise Error(f"{name}: the archive is damaged: {error}") from None
+    archive = Archive(name, tree, number, file, exclude=args.exclude, whiteouts=args.whiteouts)
+    archive.scan(walk(_Forward(file.fd), name))
+    return archive
+
+
+def _decompressed(stream: Any, name: str) -> _Readable:
+    """What a compressed stream unpacks to; the stream itself if it isn't compressed."""
+    import bz2
+    import gzip
+    import lzma
+
+    from nbdtool import zstd
+
+    start = stream.peek(6)[:6]
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=stream)
+    if start.startswith(b"\xfd7zXZ\0"):
+        return lzma.LZMAFile(stream)
+    if start.startswith(b"BZh"):
+        return bz2.BZ2File(stream)
+    if start.startswith(b"\x28\xb5\x2f\xfd"):
+        zstd.require(name)
+        return zstd.open_reader(stream)
+    unpacked: _Readable = stream
+    return unpacked
+
+
+class _Forward:
+    """A file that is read forward, as a walk over an archive wants it."""
+
+    def __init__(self, fd: int) -> None:
+        self._size = os.fstat(fd).st_size
+        self._file = io.BufferedReader(io.FileIO(fd, closefd=False), 1 << 16)
+        self._file.seek(0)
+
+    def read(self, size: int, /) -> bytes:
+        return self._file.read(size)
+
+    def seek(self, offset: int, /) -> bool:
+        return offset <= self._size and self._file.seek(offset) == offset
 
 
 def _source_date_epoch() -> Optional[int]:
@@ -179,6 +269,7 @@ def _source_date_epoch() -> Optional[int]:
 
 def _options(args: argparse.Namespace, epoch: Optional[int]) -> Options:
     import time
+    import uuid
 
     from nbdtool.ext.sizing import Options
 
@@ -202,6 +293,8 @@ def _options(args: argparse.Namespace, epoch: Optional[int]) -> Options:
 
 def _part_type(name: str) -> str:
     """The GUID of a partition type; UsageError if there is no such type."""
+    import uuid
+
     from nbdtool import gpt
 
     if name in gpt.TYPES:
@@ -215,6 +308,7 @@ def _part_type(name: str) -> str:
 
 def _disk(contents: Contents, layout: Layout, args: argparse.Namespace) -> Regions:
     """The disk: a partition table around the filesystem."""
+    import uuid
     from array import array
 
     from nbdtool import gpt

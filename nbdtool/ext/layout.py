@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from nbdtool.errors import Error
 from nbdtool.ext import structures as s
 from nbdtool.ext import xattr
+from nbdtool.ext.demand import Demand
 from nbdtool.ext.directory import build
 from nbdtool.ext.geometry import Piece
 from nbdtool.ext.groups import Groups, Usage, derive, superblock, superblock_groups
@@ -24,14 +23,12 @@ from nbdtool.ext.journal import journal_superblock
 from nbdtool.ext.mapping import (
     IndirectBlocks,
     extent_tree,
-    extent_tree_blocks,
-    indirect_blocks,
     split_extents,
 )
 from nbdtool.ext.sizing import Options, choose
+from nbdtool.ext.table import PADDING, Table
 from nbdtool.ext.tree import Tree
 
-_PADDING = 1  # the owner of what is allocated and zero
 # i_blocks, i_flags and i_block of a file that is one extent
 _ONE_EXTENT = struct.Struct("<II4xHHHHIIHHI").pack_into
 # i_blocks, i_flags (none) and i_block of a file of so many blocks in one run
@@ -52,10 +49,7 @@ class Layout:
         self._options = options
         self._shift = options.block_size.bit_length() - 1
         self.memory: list[Any] = [b""]
-        self._starts = array("Q")
-        self._lengths = array("Q")
-        self._owners = array("i")
-        self._places = array("Q")
+        self._table = Table()
         self._mapped: list[tuple[int, list[Piece]]] = []  # what isn't mapped at once
         self._index = 0  # how many of the free blocks are given out
 
@@ -70,15 +64,15 @@ class Layout:
             dead = set(range(s.FIRST, len(tree.names))) - reachable
             for ino in dead:
                 tree.inodes[ino << 8 : ino + 1 << 8] = bytes(s.INODE_SIZE)
-        self._check_targets(targets)
-        self._segments = self._block_segments()
+        demand = Demand(tree, options, self._regular, targets)
+        self._segments = demand.segments
         attributed = tree.xattrs.keys() if reachable is None else tree.xattrs.keys() & reachable
         xattrs = xattr.store(
             tree, options.block_size, sorted(attributed), in_inode=options.type != "ext2"
         )
         data = sum(directory.blocks for directory in directories) + len(targets) + len(xattrs)
-        data += self._count_files()
-        mapping = self._count_mapping([directory.blocks for directory in directories])
+        data += demand.file_blocks
+        mapping = demand.mapping_blocks([directory.blocks for directory in directories])
         last = len(tree.names) - 1
         self.geometry, journal = choose(options, last, data + mapping)
         self.uuid = options.uuid or self._derive_uuid(blob)
@@ -100,93 +94,10 @@ class Layout:
         self._place_mapping()
         self._point_to_xattrs(xattrs, places)
         self._place_groups(Usage(0, last, dead, [directory.ino for directory in directories]))
-        self._finish()
+        self.size = self.geometry.blocks << self._shift
+        self.starts, self.owners, self.places = self._table.sorted(self.size)
 
-    # ---- what there is
-
-    def _check_targets(self, targets: dict[int, bytes]) -> None:
-        for ino, target in targets.items():
-            if len(target) >= self._options.block_size:
-                raise Error(
-                    f"{self._shown(ino)}: the symlink is too long for a filesystem with blocks of"
-                    f" {self._options.block_size} bytes: use a larger --block-size"
-                )
-
-    def _block_segments(self) -> dict[int, list[tuple[int, int, int]]]:
-        """The data of sparse files as (first block, blocks, place), joined."""
-        shift = self._shift
-        found = {}
-        for ino, segments in self._tree.segments.items():
-            joined: list[tuple[int, int, int]] = []
-            for offset, length, place in segments:
-                first = offset >> shift
-                end = -(-(offset + length) >> shift)
-                place -= offset - (first << shift)
-                if joined and joined[-1][0] + joined[-1][1] >= first:
-                    first = joined[-1][0]
-                    place = joined.pop()[2]
-                joined.append((first, end - first, place))
-            found[ino] = joined
-        return found
-
-    def _count_files(self) -> int:
-        """The blocks of all regular files; Error if one is too large for the format."""
-        ends, places, segments = self._tree.ends, self._tree.places, self._segments
-        shift, mask = self._shift, self._options.block_size - 1
-        self._large: list[tuple[int, int]] = []  # inode, blocks: what needs more than i_block
-        simple = s.EXTENT_MAX_BLOCKS if self._options.extents else s.DIRECT_BLOCKS
-        total = 0
-        for ino in self._regular:
-            blocks = ends[ino] - places[ino] + mask >> shift
-            if blocks > simple:
-                self._large.append((ino, blocks))
-                self._check_size(ino, blocks)
-            if ino in segments:
-                blocks = sum(count for _, count, _ in segments[ino])
-            total += blocks
-        return total
-
-    def _check_size(self, ino: int, blocks: int) -> None:
-        size = self._options.block_size
-        if self._options.extents:
-            if blocks >= 1 << 32:
-                raise Error(f"{self._shown(ino)}: too large for ext4 with blocks of {size} bytes")
-            return
-        per_block = size // 4
-        longest = s.DIRECT_BLOCKS + per_block + per_block**2 + per_block**3
-        allocated = blocks
-        if ino in self._segments:
-            allocated = sum(count for _, count, _ in self._segments[ino])
-        allocated += allocated // per_block + 4
-        if blocks > longest or allocated << self._shift >= 1 << 41:
-            raise Error(
-                f"{self._shown(ino)}: too large for {self._options.type} with blocks of {size}"
-                " bytes: use type=ext4"
-            )
-
-    def _count_mapping(self, directories: Sequence[int]) -> int:
-        """The blocks of extent trees (at most) or of indirect blocks."""
-        size = self._options.block_size
-        segments = self._segments
-        if self._options.extents:
-            # a file is split by what is longer than an extent and where groups' metadata lie
-            total = 8
-            for ino, blocks in self._large:
-                if ino not in segments:
-                    total += extent_tree_blocks(blocks // 8192 + 4, size)
-            for pieces in segments.values():
-                if len(pieces) > 1 or (pieces and pieces[0][1] > s.EXTENT_MAX_BLOCKS):
-                    count = sum(blocks // 8192 for _, blocks, _ in pieces)
-                    total += extent_tree_blocks(len(pieces) + count + 4, size)
-            return total
-        total = 0
-        for ino, blocks in self._large:
-            pieces = segments.get(ino, [(0, blocks, 0)])
-            total += indirect_blocks([Piece(first, 0, n) for first, n, _ in pieces], size)
-        for blocks in directories:
-            if blocks > s.DIRECT_BLOCKS:
-                total += indirect_blocks([Piece(0, 0, blocks)], size)
-        return total
+    # ---- giving out blocks
 
     def _derive_uuid(self, blob: bytearray) -> bytes:
         digest = hashlib.sha256(self._tree.inodes)
@@ -194,21 +105,13 @@ class Layout:
         digest.update(repr(self._options).encode())
         return derive(digest.digest(), "filesystem")
 
-    # ---- giving out blocks
-
     def _remember(self, data: Any) -> int:
         """The owner number of a piece of memory."""
         self.memory.append(data)
         return len(self.memory)
 
     def _add(self, block: int, blocks: int, owner: int, place: int = 0) -> None:
-        self._add_bytes(block << self._shift, blocks << self._shift, owner, place)
-
-    def _add_bytes(self, start: int, length: int, owner: int, place: int) -> None:
-        self._starts.append(start)
-        self._lengths.append(length)
-        self._owners.append(owner)
-        self._places.append(place)
+        self._table.add(block << self._shift, blocks << self._shift, owner, place)
 
     def _take(self, blocks: int, first: int = 0) -> list[Piece]:
         pieces = self.geometry.pieces(self._index, blocks, first)
@@ -221,10 +124,10 @@ class Layout:
         for _, block, count in pieces:
             length = min(end - start, count << self._shift)
             at = block << self._shift
-            self._add_bytes(at, length, owner, start)
+            self._table.add(at, length, owner, start)
             start += length
             if length < count << self._shift:
-                self._add_bytes(at + length, (count << self._shift) - length, _PADDING, 0)
+                self._table.add(at + length, (count << self._shift) - length, PADDING, 0)
         return pieces
 
     def _map(self, ino: int, pieces: list[Piece]) -> None:
@@ -260,11 +163,11 @@ class Layout:
             start, gap = block << self._shift, size - len(one.head) - len(one.tail)
             for length, what, place in (
                 (len(one.head), owner, at),
-                (gap, _PADDING, 0),
+                (gap, PADDING, 0),
                 (len(one.tail), owner, at + len(one.head)),
             ):
                 if length:
-                    self._add_bytes(start, length, what, place)
+                    self._table.add(start, length, what, place)
                     start += length
             at += len(one.head) + len(one.tail)
         return places
@@ -292,18 +195,19 @@ class Layout:
     def _place_files(self) -> None:
         """Give blocks to the contents of regular files: the hot loop of the layout."""
         tree = self._tree
-        inodes, ends, places = tree.inodes, tree.ends, tree.places
+        inodes, sizes, places = tree.inodes, tree.sizes, tree.places
         segments = self._segments
         geometry = self.geometry
         shift, mask = self._shift, self._options.block_size - 1
         extents = self._options.extents
         simple = s.EXTENT_MAX_BLOCKS if extents else s.DIRECT_BLOCKS
-        add_start, add_length = self._starts.append, self._lengths.append
-        add_owner, add_place = self._owners.append, self._places.append
+        table = self._table
+        add_start, add_length = table.starts.append, table.lengths.append
+        add_owner, add_place = table.owners.append, table.places.append
         block, left = geometry.run(self._index)
         for ino in self._regular:
             place = places[ino]
-            blocks = ends[ino] - place + mask >> shift
+            blocks = sizes[ino] + mask >> shift
             if blocks <= left and blocks <= simple and ino not in segments:
                 add_start(block << shift)
                 add_length(blocks << shift)
@@ -333,15 +237,35 @@ class Layout:
                 self._index += blocks
                 continue
             pieces = []
-            for first, count, start in segments.get(ino, ((0, blocks, place),)):
-                at = start
-                for piece in self._take(count, first):
-                    self._add(piece.start, piece.blocks, ~ino, at)
-                    at += piece.blocks << shift
-                    pieces.append(piece)
+            for first, count in segments.get(ino, ((0, blocks),)):
+                pieces += self._take(count, first)
+            if ino in segments:
+                self._add_sparse(ino, pieces)
+            else:
+                for piece in pieces:
+                    self._add(piece.start, piece.blocks, ~ino, place + (piece.first << shift))
             if pieces:
                 self._map(ino, pieces)
             block, left = geometry.run(self._index)
+
+    def _add_sparse(self, ino: int, pieces: list[Piece]) -> None:
+        """The regions of a sparse file: its segments, and zeroes in the rest of their blocks."""
+        shift = self._shift
+        segments = iter(self._tree.segments[ino])
+        offset = end = place = 0
+        for first, start, blocks in pieces:
+            at, stop = first << shift, first + blocks << shift
+            shifted = (start << shift) - at  # from the file's offsets to the filesystem's
+            while at < stop:
+                while end <= at:
+                    offset, length, place = next(segments, (1 << 63, 1, 0))
+                    end = offset + length
+                data = max(min(offset, stop), at)
+                if at < data:
+                    self._table.add(at + shifted, data - at, PADDING, 0)
+                at = min(end, stop)
+                if data < at:
+                    self._table.add(data + shifted, at - data, ~ino, place + data - offset)
 
     def _place_mapping(self) -> None:
         """Map what i_block alone can't, in blocks after all data."""
@@ -403,34 +327,3 @@ class Layout:
             start = geometry.group_start(group)
             self._add(start, 1, self._remember(data))
             self._add(start + 1, geometry.descriptor_blocks, descriptors)
-
-    # ---- the table of regions
-
-    def _finish(self) -> None:
-        """Sort the regions and make the gaps regions."""
-        self.size = self.geometry.blocks << self._shift
-        starts, lengths = self._starts, self._lengths
-        self.starts = array("Q")
-        self.owners = array("i")
-        self.places = array("Q")
-        end = 0
-        for index in sorted(range(len(starts)), key=starts.__getitem__):
-            start = starts[index]
-            if start != end:
-                assert start > end, "regions overlap"
-                self.starts.append(end)
-                self.owners.append(0)
-                self.places.append(0)
-            self.starts.append(start)
-            self.owners.append(self._owners[index])
-            self.places.append(self._places[index])
-            end = start + lengths[index]
-        assert end <= self.size, "regions past the end"
-        if end < self.size:
-            self.starts.append(end)
-            self.owners.append(0)
-            self.places.append(0)
-        del self._starts, self._lengths, self._owners, self._places
-
-    def _shown(self, ino: int) -> str:
-        return self._tree.path(ino).decode(errors="backslashreplace")

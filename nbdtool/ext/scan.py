@@ -9,12 +9,20 @@ import os
 import re
 import stat
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 from nbdtool.disk import SpanFile, Stamp
 from nbdtool.errors import Error, warn
+from nbdtool.ext.descriptors import (
+    OPEN_DIRECTORY,
+    Recent,
+    open_file,
+    open_unnoticed,
+    raise_descriptor_limit,
+    working_directory,
+)
 from nbdtool.ext.structures import ROOT, encode_device
 from nbdtool.ext.tree import Tree
 from nbdtool.ext.xattr import attribute
@@ -45,8 +53,6 @@ _PSEUDO_FILESYSTEMS = frozenset(
         "tracefs",
     ]
 )
-_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class Selection(NamedTuple):
@@ -76,26 +82,29 @@ class HostTree:
         self._number = number
         try:
             # the directory that the user names may be a symlink
-            root = os.open(path, _OPEN_DIRECTORY & ~os.O_NOFOLLOW)
+            root = os.open(path, OPEN_DIRECTORY & ~os.O_NOFOLLOW)
         except OSError as error:
             raise Error(f"{path}: {_reason(error)}") from None
-        limit = _raise_descriptor_limit()
+        limit = raise_descriptor_limit()
         self._root = SpanFile(root, path)
-        self._directories: _Recent = _Recent(max(4, min(limit // 32, 256)))
-        self._files: _Recent = _Recent(max(4, min(limit // 8, 4096)))
+        self._directories: Recent = Recent(max(4, min(limit // 32, 256)))
+        self._files: Recent = Recent(max(4, min(limit // 8, 4096)))
         self._stamps: dict[int, int] = {}  # by inode number: where in the next two
         self._identities = array("Q")  # device, inode
         self._changes = array("q")  # mtime, ctime
         self._device = 0
-        self._excluded = _matcher(selection.exclude)
+        self._excluded = excluder(selection.exclude)
         self._first = len(tree.names)  # what has a lower number is from other sources
         self.unreadable: list[str] = []
         self._foreign_xattrs: set[str] = set()
 
-    def scan(self) -> None:
-        """Add the directory to the tree. Error names what can't be read."""
+    def scan(self, report: Callable[[int], None] = lambda count: None) -> None:
+        """Add the directory to the tree; report is told how many files there are so far.
+
+        Error names what can't be read.
+        """
         tree = self._tree
-        with _working_directory():
+        with working_directory():
             st = os.fstat(self._root.fd)
             self._device = st.st_dev
             tree.set_root(
@@ -111,6 +120,7 @@ class HostTree:
                 found = self._scan_directory(pending.pop(), links)
                 found.reverse()
                 pending += found
+                report(len(tree.names) - self._first)
         if self.unreadable:
             text = f"{_summary(self.unreadable)}"
             if not self._selection.skip_unreadable:
@@ -212,7 +222,7 @@ class HostTree:
 
     def _find_holes(self, ino: int, name: bytes, size: int) -> None:
         """Note which ranges of a sparse file hold data."""
-        file = SpanFile(_open_file(name, None), "")
+        file = SpanFile(open_file(name, None), "")
         segments = []
         end = 0
         while end < size:
@@ -227,7 +237,7 @@ class HostTree:
                 break
             segments.append((start, end - start, start))
         if segments != [(0, size, 0)]:
-            self._tree.segments[ino] = segments
+            self._tree.set_segments(ino, segments)
 
     def _read_attributes(self, ino: int, file: Union[bytes, int], names: list[str]) -> None:
         """Read the extended attributes of a file; note the kinds that no ext filesystem has."""
@@ -270,9 +280,9 @@ class HostTree:
         at = self._stamps[ino]
         device, inode = self._identities[at : at + 2]
         mtime, ctime = self._changes[at : at + 2]
-        stamp = Stamp(device, inode, tree.ends[ino], mtime, ctime)
+        stamp = Stamp(device, inode, tree.sizes[ino], mtime, ctime)
         try:
-            fd = _open_file(tree.names[ino], self._directory(tree.parents[ino]).fd)
+            fd = open_file(tree.names[ino], self._directory(tree.parents[ino]).fd)
         except OSError as error:
             raise OSError(errno.EIO, f"{name}: {_reason(error)}") from None
         file = SpanFile(fd, name, stamp)
@@ -290,7 +300,7 @@ class HostTree:
                 ino = self._tree.parents[ino]
         for ino in reversed(missing):
             name = self._tree.names[ino]
-            fd = _open_unnoticed(name, _OPEN_DIRECTORY, directory.fd)
+            fd = open_unnoticed(name, OPEN_DIRECTORY, directory.fd)
             directory = self._directories.put(ino, SpanFile(fd, ""))
         return directory
 
@@ -301,70 +311,6 @@ class HostTree:
             path = path + b"/" + name if path else name
         text = os.fsdecode(os.path.join(os.fsencode(self.path), path) if path else self.path)
         return text if text.isprintable() else ascii(text)
-
-
-class _Recent:
-    """The values used last: between `limit` and twice as many; safe with threads.
-
-    There are two generations. The younger one becomes the older one when it is full, and what is
-    found in the older one moves to the younger, so that a hit costs one look-up and no lock.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._young: dict[int, SpanFile] = {}
-        self._old: dict[int, SpanFile] = {}
-
-    def get(self, key: int) -> Optional[SpanFile]:
-        value = self._young.get(key)
-        if value is None:
-            value = self._old.get(key)
-            if value is not None:
-                self.put(key, value)
-        return value
-
-    def put(self, key: int, value: SpanFile) -> SpanFile:
-        if len(self._young) >= self._limit:
-            self._old, self._young = self._young, {}
-        self._young[key] = value
-        return value
-
-
-@contextlib.contextmanager
-def _working_directory() -> Iterator[None]:
-    """Come back to the working directory afterwards."""
-    here = os.open(".", os.O_PATH | os.O_CLOEXEC)
-    try:
-        yield
-    finally:
-        os.fchdir(here)
-        os.close(here)
-
-
-def _open_unnoticed(name: bytes, flags: int, directory: Optional[int]) -> int:
-    """Open without touching the access time, which only the owner may ask for."""
-    try:
-        return os.open(name, flags | os.O_NOATIME, dir_fd=directory)
-    except PermissionError:
-        return os.open(name, flags, dir_fd=directory)
-
-
-def _open_file(name: bytes, directory: Optional[int]) -> int:
-    fd = _open_unnoticed(name, _OPEN_FILE, directory)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EIO, "is no regular file any more")
-    return fd
-
-
-def _raise_descriptor_limit() -> int:
-    """Allow as many descriptors as this process may have; return how many those are."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard if hard != resource.RLIM_INFINITY else 1 << 20
 
 
 def _reason(error: Exception) -> str:
@@ -381,7 +327,7 @@ def _summary(items: list[str]) -> str:
     return f"{len(items)} files: " + "; ".join(items[:10]) + rest
 
 
-def _matcher(globs: Sequence[str]) -> Optional[Callable[[bytes], Any]]:
+def excluder(globs: Sequence[str]) -> Optional[Callable[[bytes], Any]]:
     """What tells whether a path is excluded; None if nothing is."""
     patterns = []
     for glob in globs:

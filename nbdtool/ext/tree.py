@@ -58,12 +58,13 @@ class Tree:
         self.inodes = bytearray(INODE_SIZE * FIRST)
         self.names = [b""] * FIRST
         self.parents = array("I", [0]) * FIRST
-        self.ends = array("Q", [0]) * FIRST  # where a file's content ends in what `open` answers
-        self.places = array("Q", [0]) * FIRST  # where it starts there
+        self.sizes = array("Q", [0]) * FIRST
+        self.places = array("Q", [0]) * FIRST  # where content starts in what its origin opens
+        self.ends = array("Q", [0]) * FIRST  # where it ends there
         self.origin_of = bytearray(FIRST)  # which of the sources it comes from
         self.children: dict[int, dict[bytes, int]] = {}
         self.regular = array("I")  # regular files with content
-        self.segments: dict[int, list[tuple[int, int, int]]] = {}  # sparse: offset, length, place
+        self.segments: dict[int, list[tuple[int, int, int]]] = {}  # of sparse files
         self.targets: dict[int, bytes] = {}  # symlinks that aren't fast
         self.xattrs: dict[int, tuple[Any, ...]] = {}  # of xattr.Attribute, sorted
         self._xattr_sets: dict[tuple[Any, ...], tuple[Any, ...]] = {}
@@ -113,8 +114,9 @@ class Tree:
             siblings[name] = ino
             self.names.append(name)
             self.parents.append(parent)
-            self.ends.append(place + size)
+            self.sizes.append(size)
             self.places.append(place)
+            self.ends.append(place + size)
             self.origin_of.append(origin)
             self.inodes += bytes(INODE_SIZE)
             if kind == stat.S_IFDIR:
@@ -126,6 +128,11 @@ class Tree:
             self.xattrs.pop(ino, None)
         self.put(ino, mode, uid, gid, size, atime, ctime, mtime, content)
         return ino
+
+    def set_segments(self, ino: int, segments: list[tuple[int, int, int]]) -> None:
+        """Say that a file is sparse: its data are (offset, length, place), in order."""
+        self.segments[ino] = segments
+        self.ends[ino] = max((place + length for _, length, place in segments), default=0)
 
     def set_xattrs(self, ino: int, attributes: Iterable[Any]) -> None:
         """Give a node extended attributes (xattr.Attribute); equal sets are kept once."""
@@ -285,7 +292,7 @@ class Origin(Protocol):
 
 
 class Contents:
-    """The contents of a tree's regular files, which are at places[ino] to ends[ino] of `open`."""
+    """The contents of a tree's regular files: what ends at ends[ino] of what `open` answers."""
 
     def __init__(self, tree: Tree, origins: list[Origin]) -> None:
         self.ends = tree.ends

@@ -6,6 +6,7 @@ fs/ext4/acl.h (on disk) and include/uapi/linux/posix_acl_xattr.h (the system cal
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable
 from typing import NamedTuple, Optional
@@ -68,6 +69,59 @@ def _disk_acl(value: bytes) -> bytes:
         if tag in _NAMED_TAGS:
             parts.append(struct.pack("<I", number))
     return b"".join(parts)
+
+
+_ACL_TAGS = {  # (kind, whether it names someone): tag
+    (b"user", False): 0x01,
+    (b"user", True): 0x02,
+    (b"group", False): 0x04,
+    (b"group", True): 0x08,
+    (b"mask", False): 0x10,
+    (b"other", False): 0x20,
+}
+_ACL_NOBODY = 0xFFFFFFFF
+
+
+def text_acl(text: bytes) -> bytes:
+    """The system call's form of an ACL in text (acl(5)).
+
+    Users and groups are given by number, or by a name with the number in a fourth field, or else
+    by a name that this host knows. ValueError: it is malformed, or names somebody unknown.
+    """
+    entries = []
+    for line in text.replace(b",", b"\n").splitlines():
+        line = line.partition(b"#")[0].strip()
+        if not line:
+            continue
+        kind, name, permissions, *more = [*line.split(b":"), b"", b""][
+            : max(3, line.count(b":") + 1)
+        ]
+        number = more[0] if more else name
+        tag = _ACL_TAGS.get((kind, bool(name)))
+        number = _number(kind, number) if name else b"%d" % _ACL_NOBODY
+        if tag is None or not number.isdigit() or int(number) > _ACL_NOBODY:
+            raise ValueError(f"the access control list entry {line[:100]!r} isn't understood")
+        bits = sum(
+            bit for bit, letter in ((4, b"r"), (2, b"w"), (1, b"x")) if letter in permissions
+        )
+        entries.append((tag, int(number), bits))
+    packed = (struct.pack("<HHI", tag, bits, number) for tag, number, bits in sorted(entries))
+    return struct.pack("<I", 2) + b"".join(packed)
+
+
+def _number(kind: bytes, name: bytes) -> bytes:
+    """The id of a user or group as digits; the name itself if nobody has it."""
+    if name.isdigit():
+        return name
+    import grp
+    import pwd
+
+    try:
+        if kind == b"user":
+            return b"%d" % pwd.getpwnam(os.fsdecode(name)).pw_uid
+        return b"%d" % grp.getgrnam(os.fsdecode(name)).gr_gid
+    except (KeyError, ValueError):
+        return name
 
 
 def store(tree: Tree, block_size: int, inodes: Iterable[int], *, in_inode: bool) -> list[Block]:

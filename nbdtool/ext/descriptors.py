@@ -1,0 +1,79 @@
+"""Descriptors of the host's files: opened without side effects, and a bounded number kept."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from typing import Optional
+
+from nbdtool.disk import SpanFile
+
+OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class Recent:
+    """The values used last: between `limit` and twice as many; safe with threads.
+
+    There are two generations. The younger one becomes the older one when it is full, and what is
+    found in the older one moves to the younger, so that a hit costs one look-up and no lock.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._young: dict[int, SpanFile] = {}
+        self._old: dict[int, SpanFile] = {}
+
+    def get(self, key: int) -> Optional[SpanFile]:
+        value = self._young.get(key)
+        if value is None:
+            value = self._old.get(key)
+            if value is not None:
+                self.put(key, value)
+        return value
+
+    def put(self, key: int, value: SpanFile) -> SpanFile:
+        if len(self._young) >= self._limit:
+            self._old, self._young = self._young, {}
+        self._young[key] = value
+        return value
+
+
+@contextlib.contextmanager
+def working_directory() -> Iterator[None]:
+    """Come back to the working directory afterwards."""
+    here = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
+
+
+def open_unnoticed(name: bytes, flags: int, directory: Optional[int]) -> int:
+    """Open without touching the access time, which only the owner may ask for."""
+    try:
+        return os.open(name, flags | os.O_NOATIME, dir_fd=directory)
+    except PermissionError:
+        return os.open(name, flags, dir_fd=directory)
+
+
+def open_file(name: bytes, directory: Optional[int]) -> int:
+    fd = open_unnoticed(name, _OPEN_FILE, directory)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EIO, "is no regular file any more")
+    return fd
+
+
+def raise_descriptor_limit() -> int:
+    """Allow as many descriptors as this process may have; return how many those are."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else 1 << 20
