@@ -215,7 +215,7 @@ def _members(source: Source, name: str) -> Iterator[Member]:
         yield member
         end = member.offset + member.stored
         if not source.seek(end):
-            _fail(member.header, f"the archive is cut off in {member.name!r}")
+            _fail(member.header, f"the archive is cut off in {_shown(member.name)}")
         source.read(-end % BLOCK)
         begin = end + -end % BLOCK
 
@@ -250,13 +250,13 @@ def _member(
     stored = _decimal(pax["size"], begin) if pax.get("size") else _size(block, at)
     offset = at + BLOCK
     if b"\0" in name:
-        _fail(begin, f"the name {name[:100]!r} has a NUL")
+        _fail(begin, f"the name {_shown(name)} has a NUL")
     if kind == _GNU_DIRECTORY:
         kind = DIRECTORY
     elif kind in _WITHOUT_DATA:
         # Some writers tell the size of what a hard link is to, or of a directory.
         if stored and kind not in (HARD_LINK, DIRECTORY):
-            _fail(begin, f"{name[:100]!r} can't have content, but says it has {stored} bytes")
+            _fail(begin, f"{_shown(name)} can't have content, but says it has {stored} bytes")
         stored = 0
     elif kind in (OLD_REGULAR, CONTIGUOUS):
         kind = DIRECTORY if name.endswith(b"/") else REGULAR
@@ -277,10 +277,14 @@ def _member(
         elif kind == REGULAR and "SCHILY.realsize" in pax:
             raise BadMap("the way in which star stores it is not supported")
     except BadMap as bad:
-        _fail(begin, f"the sparse member {name[:100]!r}: {bad}")
+        _fail(begin, f"the sparse member {_shown(name)}: {bad}")
     if max(offset + stored, size) > _MAX_SIZE:
-        _fail(begin, f"{name[:100]!r} has an impossible size")
+        _fail(begin, f"{_shown(name)} has an impossible size")
     return Member(name, kind, link, begin, offset, stored, size, sparse, block, pax)
+
+
+def _shown(name: bytes) -> str:
+    return repr(name[:100].decode(errors="backslashreplace"))
 
 
 def _name(block: bytes) -> bytes:
