@@ -344,8 +344,13 @@ def _close(name: str, known: Iterable[str], likeness: float) -> str | None:
 
 
 def open_disks(command: str, args: argparse.Namespace) -> dict[str, Disk]:
-    """Open the source and put the layers on it, each export apart."""
+    """Open the source and put the layers on it, each export apart.
+
+    args.writable says whether the source is to be written.
+    """
     chain = _chain(args)
+    reading = args.read_only or args.to_file is not None
+    args.writable = not (reading or any(getattr(layer, "READS_ONLY", False) for layer, _ in chain))
     disks: dict[str, Disk] = command_module(command).open(args)
     try:
         for layer, value in chain:

@@ -24,8 +24,7 @@ def open(args: argparse.Namespace) -> dict[str, Disk]:
         raise UsageError("which file? Give its path: nbdtool file PATH")
     if args.to_file not in (None, "-") and _same(args.file, args.to_file):
         raise Error(f"{args.to_file}: is the source itself; give another target")
-    writable = not args.read_only and args.to_file is None
-    return {"": FileDisk(args.file, writable=writable, allow_live=args.allow_live)}
+    return {"": FileDisk(args.file, writable=args.writable, allow_live=args.allow_live)}
 
 
 def _same(path: str, other: str) -> bool:

@@ -57,8 +57,7 @@ def open(args: argparse.Namespace) -> dict[str, Disk]:
 
     if args.uri is None:
         raise UsageError("which export? Give its URI: nbdtool nbd nbd://HOST/EXPORT")
-    writable = not args.read_only and args.to_file is None
     disk = NbdDisk(
-        args.uri, writable=writable, connections=args.connections, reconnect=args.reconnect
+        args.uri, writable=args.writable, connections=args.connections, reconnect=args.reconnect
     )
     return {"": disk}

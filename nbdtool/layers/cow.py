@@ -25,6 +25,7 @@ from nbdtool.values import boolean, size
 
 OPTION = "--cow"
 FILTER = "cow"
+READS_ONLY = True  # the source need not be writable
 ARGUMENT: dict[str, Any] = {
     "nargs": "?",
     "const": True,

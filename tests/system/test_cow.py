@@ -14,6 +14,8 @@ from typing import Any, Callable
 import nbd
 import pytest
 
+from nbdtool.disks.file import FileDisk
+
 KIB, MIB = 1 << 10, 1 << 20
 
 
@@ -189,3 +191,15 @@ def test_saving_that_fails(
         assert os.listdir(directory) == []
     finally:
         run("umount", directory)
+
+
+def test_a_source_in_use_is_only_read_under_an_overlay(
+    nbdtool: Callable[..., Any], random_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    image = random_file(tmp_path / "image", MIB)
+    holder = FileDisk(str(image), writable=True)
+    refused = nbdtool("file", image, "--run", "true")
+    assert refused.returncode == 1 and "in use" in refused.stderr
+    served = nbdtool("file", image, "--cow", "--run", 'qemu-io -f raw -c "write 0 64k" "$nbd"')
+    assert served.returncode == 0 and "somebody writes to it" in served.stderr
+    holder.close()

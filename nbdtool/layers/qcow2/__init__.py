@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 OPTION = "--qcow2"
 FILTER = "qcow2dec"
+READS_ONLY = True  # the source need not be writable
 ARGUMENT: dict[str, Any] = {
     "nargs": "?",
     "const": True,
