@@ -25,6 +25,7 @@ class Ahead:
 
     def __init__(self, source: Stream) -> None:
         self._source = source
+        self.length = 0  # bytes read
         self._queue: queue.Queue[Union[bytes, BaseException]] = queue.Queue(_AHEAD)
         self._stopped = False
         self._piece, self._at = b"", 0  # what of the last piece isn't read yet
@@ -52,6 +53,7 @@ class Ahead:
                 raise item
             self._piece, self._at = item, 0
         start, self._at = self._at, min(self._at + size, len(self._piece))
+        self.length += self._at - start
         return self._piece[start : self._at]
 
     def close(self) -> None:
@@ -64,7 +66,7 @@ class Ahead:
 
 
 @contextmanager
-def open_layer(source: Source, image: Image, number: int) -> Iterator[Verified]:
+def open_layer(source: Source, image: Image, number: int) -> Iterator[Ahead]:
     """Layer `number` unpacked, a tar archive; Error at the end of the block unless all is right.
 
     What isn't read in the block is read then, since only the whole can be verified.
@@ -76,8 +78,7 @@ def open_layer(source: Source, image: Image, number: int) -> Iterator[Verified]:
     with Progress(f"layer {number}", descriptor.size) as progress:
         blob = source.blob(descriptor)
         packed = Verified(blob, descriptor.digest, descriptor.size, what)
-        counted = _Counted(packed, progress.update)
-        download = Ahead(counted)
+        download = Ahead(_Counted(packed, progress.update))
         try:
             plain = Ahead(decompress.open_reader(download, what))
         except BaseException:
@@ -85,12 +86,13 @@ def open_layer(source: Source, image: Image, number: int) -> Iterator[Verified]:
             raise
         diff_id = image.diff_ids[number] if image.diff_ids else ""
         unpacked = Verified(plain, diff_id, None, f"{what}, unpacked")
+        layer = Ahead(unpacked)
         try:
-            yield unpacked
-            while unpacked.read(CHUNK):
+            yield layer
+            while layer.read(CHUNK):
                 pass
         finally:
-            unpacked.close()
+            layer.close()
         if not packed.complete or not unpacked.complete:
             raise Error(f"{what}: has something behind its end")
 

@@ -13,7 +13,7 @@ from nbdtool.disk import Disk, read_bytes
 from nbdtool.errors import Error
 from nbdtool.layers.tar.walk import DIRECTORY, HARD_LINK, REGULAR, Member, StreamSource, walk
 from nbdtool.registry.decompress import CHUNK
-from nbdtool.registry.digest import Verified
+from nbdtool.registry.digest import Stream
 from nbdtool.registry.fetch import open_layer
 from nbdtool.registry.manifest import Image, Source
 from nbdtool.registry.spool import Spool
@@ -112,7 +112,7 @@ class _Scan:
     spooled: int = -1  # the header of the file in the spool
     size: int = 0
 
-    def run(self, layer: Verified) -> None:
+    def run(self, layer: Stream) -> None:
         source = StreamSource(layer)
         place: Optional[Path] = None  # of what is in the spool
         for member in walk(source, self.what):
