@@ -166,7 +166,8 @@ class Handshake:
         self._reply(option, p.REP_ACK)
         from nbdtool.server.tls import TLSStream  # ssl is slow to load
 
-        self.stream = TLSStream(self.stream, self.policy.tls, self._remaining())
+        self.stream = stream = TLSStream(self.stream, self.policy.tls)
+        stream.handshake(self._remaining())
         self.session = Session(Inbox(self.stream))
 
     def _info(self, option: int, data: bytes) -> None:

@@ -22,9 +22,15 @@ class Connection:
     """One client, from its first byte to its last."""
 
     def __init__(self, stream: Stream) -> None:
-        self.stream = stream
+        self._stream = stream
+        self.handshake: Handshake | None = None
         self.transmission: Transmission | None = None
         self.thread: threading.Thread | None = None
+
+    @property
+    def stream(self) -> Stream:
+        """The stream that is in use: TLS takes the place of the first one."""
+        return self._stream if self.handshake is None else self.handshake.stream
 
     def shut_idle(self) -> None:
         """End it if it waits for a request."""
@@ -101,12 +107,9 @@ class Service:
         peer = connection.stream.peer
         debug(f"{peer}: connected")
         try:
-            handshake = Handshake(connection.stream, self._policy)
+            connection.handshake = Handshake(connection.stream, self._policy)
             with self._budget.connection():
-                try:
-                    session = handshake.run()
-                finally:
-                    connection.stream = handshake.stream
+                session = connection.handshake.run()
                 if session is not None and session.export is not None:
                     debug(f"{peer}: opened export {session.export.name!r}")
                     connection.transmission = Transmission(

@@ -109,12 +109,21 @@ def _add_psk(result: ssl.SSLContext, path: str) -> None:
 class TLSStream(Stream):
     encrypted = True
 
-    def __init__(self, stream: SocketStream, context: ssl.SSLContext, patience: float) -> None:
-        """Handshake over stream; Dropped if it fails."""
+    def __init__(self, stream: SocketStream, context: ssl.SSLContext) -> None:
+        """Take the place of stream; handshake() comes next."""
         self.peer = stream.peer
-        stream.sock.settimeout(max(patience, 0.001))
         try:
-            self.sock = context.wrap_socket(stream.sock, server_side=True)
+            self.sock = context.wrap_socket(
+                stream.sock, server_side=True, do_handshake_on_connect=False
+            )
+        except OSError as exc:
+            raise Ended(str(exc)) from None
+
+    def handshake(self, patience: float) -> None:
+        """TLS' own handshake, which may take `patience` seconds; Dropped if it fails."""
+        try:
+            self.set_patience(patience)
+            self.sock.do_handshake()
         except OSError as exc:
             raise Dropped(f"TLS: {getattr(exc, 'reason', None) or exc}") from None
 

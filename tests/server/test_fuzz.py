@@ -158,6 +158,9 @@ def test_whatever_a_client_sends_the_server_ends_with_it(
     two.leave()
     assert got[0] >= 18 or not wait
     assert not [text for text in two.warnings if "fault" in text]
+    disk = two.service._policy.exports.all[0].disk
+    assert isinstance(disk, MemoryDisk)
+    disk.done.clear()
 
 
 # Lawful
