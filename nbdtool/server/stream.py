@@ -98,7 +98,7 @@ class SocketStream(Stream):
             # Room for a large reply and the next one: fewer awakenings on both sides. TCP sees to
             # its own buffers.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER)
-        else:
+        elif sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
