@@ -13,9 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import linuxdisk, race, serving, starting
+from bench import cdi, linuxdisk, race, serving, starting
 
-AREAS = [area.__name__ for area in (starting, serving, linuxdisk)]
+AREAS = [area.__name__ for area in (starting, serving, linuxdisk, cdi)]
 HEAD = "| what | nbdtool | peer | its figure | ratio | goal |\n|---|---|---|---|---|---|"
 
 

@@ -150,7 +150,8 @@ class Registry:
         """Get what the registry wants to see: sets the value of the Authorization header."""
         for challenge in challenges:
             scheme, _, rest = challenge.strip().partition(" ")
-            values = {key.lower(): a or b for key, a, b in _CHALLENGE.findall(rest)}
+            # Another challenge may follow in the same header: the first realm is ours.
+            values = {key.lower(): a or b for key, a, b in reversed(_CHALLENGE.findall(rest))}
             if scheme.lower() == "bearer":
                 if not values.get("realm"):
                     raise Error(f"{origin}: asks for a token without saying from where")

@@ -5,21 +5,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import json
 import random
 import re
+import socket
+import socketserver
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Callable, Optional
 
 import pytest
 
 from nbdtool.commands import cdi
 from nbdtool.disk import read_bytes
 from nbdtool.errors import Error
-from nbdtool.registry import client, credentials, http
+from nbdtool.registry import client, http
 from tests.registry import rig
 from tests.registry.rig import Answer, Request
 
@@ -443,33 +445,57 @@ def test_proxy_of_the_environment(host: str, monkeypatch: pytest.MonkeyPatch) ->
         assert "registry.test" in refused("registry.test/k/disk:v1", "--retry=0")
 
 
-def test_connections_are_reused(host: str) -> None:
-    closed: list[int] = []
-
-    def close_after_manifest(request: Request) -> Answer:
-        answer = rig.forward(host, request)
-        if "/manifests/" in request.path:
-            closed.append(1)
-            answer.headers["Keep-Alive"] = "timeout=0"
-        return answer
-
-    with rig.scripted(close_after_manifest) as server:
-        assert fetch(f"{server.host}/k/disk:v1") == DATA
-        assert len(server.requests) == 3
-
-
-def test_login_is_looked_for_once_and_shown_to_nobody(
-    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_https_goes_through_a_proxy_in_a_tunnel(
+    secure: rig.Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Any] = []
-    found = credentials.find
-    monkeypatch.setattr(credentials, "find", lambda *args: asked.append(args) or found(*args))
-    (tmp_path / "auth.json").write_text(json.dumps({"auths": {host: {"auth": "YW5uOnNlY3JldA=="}}}))
+    with tunnel(secure.host) as (proxy, asked):
+        monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy}")
+        assert fetch("registry.test:5000/k/disk:v1") == DATA
+    assert asked and set(asked) == {b"CONNECT registry.test:5000 HTTP/1.1"}
+
+
+@contextlib.contextmanager
+def tunnel(target: str) -> Iterator[tuple[str, list[bytes]]]:
+    """A proxy that leads to target, whatever it is asked for; and what it was asked for."""
+    asked = []
+    host, _, port = target.partition(":")
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            asked.append(self.rfile.readline().strip().replace(b"HTTP/1.0", b"HTTP/1.1"))
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            with socket.create_connection((host, int(port))) as other:
+                back = threading.Thread(target=self.copy, args=(other, self.connection))
+                back.start()
+                self.copy(self.connection, other)
+                back.join()
+
+        @staticmethod
+        def copy(source: socket.socket, target: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(65536):
+                    target.sendall(data)
+                target.shutdown(socket.SHUT_WR)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}", asked
+        server.shutdown()
+
+
+def test_connections_are_reused(secure: rig.Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tunnel(secure.host) as (proxy, asked):
+        monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy}")
+        assert fetch("registry.test/k/disk:v1") == DATA
+    assert len(secure.requests) == 3 and len(asked) == 1
+
+
+def test_login_is_not_sent_unasked(host: str, tmp_path: Path) -> None:
     with rig.scripted(lambda request: rig.forward(host, request)) as server:
+        auths = {"auths": {server.host: {"auth": "YW5uOnNlY3JldA=="}}}
+        (tmp_path / "auth.json").write_text(json.dumps(auths))
         assert fetch(f"{server.host}/k/disk:v1", f"--authfile={tmp_path}/auth.json") == DATA
         assert all("authorization" not in request.headers for request in server.requests)
-    assert len(asked) == 1
-
-
-def test_digest_of_the_disk_is_right(host: str) -> None:
-    assert hashlib.sha256(fetch(f"{host}/k/disk:v1")).digest() == hashlib.sha256(DATA).digest()
