@@ -15,7 +15,7 @@ from nbdtool.errors import Error, warn
 
 # linux/falloc.h and linux/fs.h
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
-_BLKDISCARD, _BLKZEROOUT = 0x1277, 0x127F
+_BLKROGET, _BLKDISCARD, _BLKZEROOUT = 0x125E, 0x1277, 0x127F
 _new = tuple.__new__  # a third of what FileSpan() costs
 _SECTOR = 4096  # bytes: no device has larger logical blocks
 
@@ -36,6 +36,8 @@ class FileDisk(Disk):
             hint = "; `nbdtool linuxdisk` makes a disk of one" if stat.S_ISDIR(st.st_mode) else ""
             raise Error(f"{path}: neither a regular file nor a block device{hint}")
         self.writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        if self._device and any(fcntl.ioctl(fd, _BLKROGET, bytes(4))):
+            self.writable = False  # though it could be opened for writing
         self.size = os.lseek(fd, 0, os.SEEK_END)
         self.description = path
         if not allow_live:
