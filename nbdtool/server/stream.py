@@ -19,7 +19,9 @@ from nbdtool.disk import SpanFile
 Buffer = Union[bytes, bytearray, memoryview]
 
 _IOV_MAX = 1024
-_PIECE = 1 << 20
+_PIECE = 256 << 10  # bytes that pass through memory at once where sendfile can't be used
+_SPARE_MAX = 8
+_spare: list[memoryview] = []  # buffers for that: fresh ones cost as much as the copying
 _UNIX_BUFFER = 256 << 10
 _TRIES = 50  # of a receive, some 50 us, before sleeping: waking up takes as long
 
@@ -57,16 +59,22 @@ class Stream:
 
     def sendfile(self, file: SpanFile, offset: int, length: int) -> int:
         """Write a range of a file; fewer bytes than asked for where it can't be read on."""
+        try:
+            buffer = _spare.pop()
+        except IndexError:
+            buffer = memoryview(bytearray(_PIECE))
         sent = 0
         while sent < length:
             try:
-                data = os.pread(file.fd, min(length - sent, _PIECE), offset + sent)
+                count = os.preadv(file.fd, [buffer[: length - sent]], offset + sent)
             except OSError:
                 break
-            if not data:
+            if not count:
                 break
-            self.send((data,), len(data))
-            sent += len(data)
+            self.send((buffer[:count],), count)
+            sent += count
+        if len(_spare) < _SPARE_MAX:
+            _spare.append(buffer)
         return sent
 
     def shut(self, *, reading_only: bool = False) -> None:
