@@ -1,0 +1,70 @@
+"""nbdtool libvirt: the disk of a libvirt guest, stopped or running, whatever its format."""
+
+from __future__ import annotations
+
+import argparse
+
+from nbdtool.disk import Disk
+from nbdtool.errors import UsageError
+
+SUMMARY = "serve the disk of a libvirt guest"
+MAGIC = "domain"
+
+
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    from nbdtool.disks.libvirt.methods import METHODS
+
+    add = parser.add_argument
+    add("--domain", metavar="DOMAIN", help="the guest: its name, UUID or ID")
+    add(
+        "--disk",
+        metavar="DISK",
+        help="its disk: a target (vda) or a source path; without it the only one, or all that the"
+        " guest has, each as an export of its target's name",
+    )
+    add("--connect", metavar="URI", default="", help="the hypervisor (libvirt's default)")
+    add("--method", choices=METHODS, default="auto", help="how the disk is read (auto)")
+    add(
+        "--password-file",
+        metavar="FILE",
+        default="",
+        help="answer libvirt's question for a password with the first line of FILE",
+    )
+    add(
+        "--reconnect",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long a read waits for a libvirt that is gone, before it fails (30)",
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"not a number of seconds: {text!r}")
+    return seconds
+
+
+def open(args: argparse.Namespace) -> dict[str, Disk]:
+    from nbdtool.disks.libvirt import guests, methods
+    from nbdtool.disks.libvirt.link import Link
+
+    if args.domain is None:
+        raise UsageError("which guest? Give its name: nbdtool libvirt DOMAIN (--list shows all)")
+    link = Link(
+        args.connect,
+        read_only=args.method == "local",
+        password_file=args.password_file,
+        reconnect=args.reconnect,
+    )
+    try:
+        guest = guests.find(link, args.domain)
+        disks = guests.choose(guest, args.disk)
+        return methods.open_disks(link, guest, disks, args.method)
+    except BaseException:
+        link.close()
+        raise

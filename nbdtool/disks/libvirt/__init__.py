@@ -1,0 +1,1 @@
+"""The disks of libvirt's guests."""

@@ -1,0 +1,126 @@
+"""Method peek: virDomainBlockPeek, a remote procedure call for each piece of a raw disk."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from typing import Any
+
+from nbdtool.disk import ZEROES, Disk, Span, ZeroSpan
+from nbdtool.disks.libvirt.guests import Guest, GuestDisk, Watch
+from nbdtool.disks.libvirt.link import Failure, Link
+from nbdtool.disks.libvirt.local import refuse_special
+from nbdtool.errors import Error, debug, warn
+
+CONNECTIONS = 4  # as many as answer at once
+
+_PIECE = 1 << 20  # bytes of one call; every libvirt since 0.9.13 takes them
+_EVERY = 0.25  # seconds between two looks at the guest
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt(3)
+
+
+class PeekDisk(Disk):
+    """A raw disk of a guest, by target; reads are safe, and worth it, from several threads."""
+
+    def __init__(self, link: Link, guest: Guest, disk: GuestDisk) -> None:
+        _keep_buffers()
+        capacity, _, physical = link.call(
+            lambda connection: _domain(connection, guest).blockInfo(disk.target)
+        )
+        self.size: int = capacity
+        self._end = min(capacity, physical)  # of what can be peeked; qemu rounds up
+        self.description = f"{guest.name} {disk.target} by method peek"
+        self._guest = guest
+        # A source path, other than a target, can't come to mean another image.
+        self._name = disk.top.path or disk.target
+        self._links = [link, *(link.clone() for _ in range(CONNECTIONS - 1))]
+        self._domains: list[tuple[Any, Any]] = [(None, None)] * CONNECTIONS
+        self._watch = Watch(link, guest, disk)
+        self._seen = time.monotonic()
+        self._lock = threading.Lock()
+        if self._end:
+            self._piece(0, 1)  # whether it can be done
+
+    def read(self, offset: int, length: int) -> list[Span]:
+        spans: list[Span] = []
+        for at in range(offset, offset + length, _PIECE):
+            spans += self._piece(at, min(_PIECE, offset + length - at))
+        if time.monotonic() - self._seen > _EVERY:
+            self._look()
+        return spans
+
+    def _piece(self, offset: int, length: int) -> list[Span]:
+        here = min(length, self._end - offset)
+        if here <= 0:
+            return [ZeroSpan(length)]
+        with self._lock:
+            number = min(range(CONNECTIONS), key=lambda n: self._links[n].busy)
+            self._links[number].busy += 1
+        try:
+            data = self._links[number].call(lambda c: self._peek(c, number, offset, here))
+        except Failure:
+            self._watch.check()  # which says more, if it is that
+            raise
+        finally:
+            with self._lock:
+                self._links[number].busy -= 1
+        if len(data) != here:
+            raise Failure(f"{self.description}: {len(data)} bytes instead of {here}", 0)
+        span: Span = data
+        if data[:16] == ZEROES[:16] and data == ZEROES[:here]:
+            span = ZeroSpan(here)
+        return [span] if here == length else [span, ZeroSpan(length - here)]
+
+    def _peek(self, connection: Any, number: int, offset: int, length: int) -> bytes:
+        known, domain = self._domains[number]
+        if known is not connection:
+            domain = _domain(connection, self._guest)
+            self._domains[number] = (connection, domain)
+        data: bytes = domain.blockPeek(self._name, offset, length, 0)
+        return data
+
+    def _look(self) -> None:
+        """Nothing is handed out that was read after the guest was seen as it should be."""
+        now = time.monotonic()
+        self._watch.check()
+        self._seen = now
+
+    def close(self) -> None:
+        for link in self._links:
+            link.close()
+
+
+def _domain(connection: Any, guest: Guest) -> Any:
+    return connection.lookupByUUIDString(guest.uuid)
+
+
+def open_peek(link: Link, guest: Guest, disk: GuestDisk) -> Disk:
+    """Raises Error if the disk isn't raw."""
+    if disk.top.format != "raw":
+        raise Error(
+            f"{guest.name}: {disk.target} is {disk.top.format}, and libvirt lets only raw disks be"
+            " peeked at; use another --method"
+        )
+    refuse_special(disk.top)
+    made = PeekDisk(link, guest, disk)
+    if guest.active:
+        made.description += ", not a point in time"
+        warn(
+            f"{guest.name}: is {guest.state}: what is read of {disk.target} is not a point in time,"
+            " and misses what the guest hasn't written yet"
+        )
+    from nbdtool.layers.readahead import ReadAhead
+
+    return ReadAhead(made, CONNECTIONS)
+
+
+def _keep_buffers() -> None:
+    """Keep glibc from giving each buffer of a call back to the kernel: that is most of its cost."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018 - not of another C library
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_TRIM_THRESHOLD, 256 << 20)
+    except (OSError, AttributeError) as exc:
+        debug(f"no malloc tuning: {exc}")

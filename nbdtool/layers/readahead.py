@@ -1,0 +1,231 @@
+"""Reads ahead of a client, and several at once, from a disk whose every read takes long."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Optional
+
+from nbdtool.disk import Disk, Extent, FileSpan, Span, ZeroSpan, span_length
+from nbdtool.disks.ahead import Ahead
+
+_PIECE = 1 << 20  # bytes of the disk that are read at once, where they are read ahead
+_WINDOW = 8  # pieces that are read ahead of a client
+_PIECES = 32  # pieces that are kept
+_STREAMS = 32  # sequential readers that are told apart
+_SEQUENTIAL = 2  # reads, one behind the other, after which more are expected
+_FRESH = 10.0  # seconds; what waits longer may have become old
+
+
+class _Job:
+    """A read that a worker does, or whoever needs it first."""
+
+    __slots__ = ("_claimed", "_disk", "_done", "error", "length", "offset", "since", "spans")
+
+    def __init__(self, disk: Disk, offset: int, length: int) -> None:
+        self._disk, self.offset, self.length = disk, offset, length
+        self.since = time.monotonic()
+        self.spans: list[Span] = []
+        self.error: Optional[OSError] = None
+        self._claimed, self._done = threading.Lock(), threading.Lock()
+        self._done.acquire()
+
+    def run(self) -> None:
+        if self._claimed.acquire(blocking=False):
+            try:
+                self.spans = self._disk.read(self.offset, self.length)
+            except OSError as exc:
+                self.error = exc
+            finally:
+                self._done.release()
+
+    def part(self, offset: int, length: int) -> list[Span]:
+        """The spans of a part of the disk that this has read; raises its OSError."""
+        self.run()
+        with self._done:
+            pass
+        if self.error is not None:
+            raise self.error
+        if length == self.length:
+            return self.spans
+        return list(_cut(self.spans, offset - self.offset, length))
+
+
+class _Part(NamedTuple):
+    job: _Job
+    offset: int
+    length: int
+
+
+class ReadAhead(Disk):
+    """`disk`, read by as many threads as its `workers`, at least, are worth.
+
+    Reads that a client announces, or that follow one another, are started before they are asked
+    for. What was read ahead is given once it is asked for, up to 10 s later.
+    """
+
+    def __init__(self, disk: Disk, workers: int = 4) -> None:
+        self.size, self.description, self.block_size = disk.size, disk.description, disk.block_size
+        self.writable, self.multi_conn = disk.writable, disk.multi_conn
+        self.can_trim, self.can_fast_zero = disk.can_trim, disk.can_fast_zero
+        self._disk = disk
+        self._announced: Ahead[list[_Part]] = Ahead()
+        self._pieces: dict[int, _Job] = {}  # by their number on the disk
+        self._streams: dict[int, int] = {}  # where each reader goes on: reads that it did so far
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[Optional[_Job]] = queue.SimpleQueue()
+        self._workers = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+        for worker in self._workers:
+            worker.start()
+
+    def _work(self) -> None:
+        while True:
+            job = self._queue.get()
+            if job is None:
+                return
+            job.run()
+            del job
+
+    # What was announced
+
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        start = end = -1
+        waiting: list[tuple[int, int]] = []  # neighbours, which are read as one
+        for offset, length in ranges:
+            if not self._announced.wants(offset, length):
+                continue
+            if offset != end or offset + length - start > _PIECE:
+                self._start(waiting)
+                waiting, start = [], offset
+            waiting.append((offset, length))
+            end = offset + length
+        self._start(waiting)
+
+    def _start(self, ranges: list[tuple[int, int]]) -> None:
+        """Start reading ranges that follow one another, and keep them as announced."""
+        if not ranges:
+            return
+        start, end = ranges[0][0], sum(ranges[-1])
+        jobs = [
+            _Job(self._disk, at, min(_PIECE, end - at)) for at in range(start, end, _PIECE)
+        ]  # more than one for one large range only
+        for offset, length in ranges:
+            parts = [_Part(jobs[0], offset, length)]
+            if len(jobs) > 1:
+                parts = [_Part(job, job.offset, job.length) for job in jobs]
+            self._announced.add(offset, length, parts)
+        for job in jobs:
+            self._queue.put(job)
+
+    # Reading
+
+    def read(self, offset: int, length: int) -> list[Span]:
+        parts = self._announced.take(offset, length)
+        if parts is None:
+            parts = self._expected(offset, length)
+        if parts is None and length > _PIECE:
+            self._start([(offset, length)])
+            parts = self._announced.take(offset, length)
+        if parts is None:
+            return self._disk.read(offset, length)
+        if len(parts) == 1:
+            return parts[0].job.part(offset, length)
+        return [span for part in parts for span in part.job.part(part.offset, part.length)]
+
+    def _expected(self, offset: int, length: int) -> Optional[list[_Part]]:
+        """The parts of a read among what is read ahead; starts more where a client goes on."""
+        end = offset + length
+        with self._lock:
+            count = self._streams.pop(offset, 0) + 1
+            if len(self._streams) >= _STREAMS:
+                del self._streams[next(iter(self._streams))]
+            self._streams[end] = count
+            first, last = offset // _PIECE, (end - 1) // _PIECE
+            now = time.monotonic()
+            if count > _SEQUENTIAL:
+                stop = min(last + min(count, _WINDOW), (self.size - 1) // _PIECE)
+                for number in range(first, stop + 1):
+                    self._fetch(number, now)
+            jobs = [self._pieces.get(number) for number in range(first, last + 1)]
+        parts = []
+        for job in jobs:
+            if job is None or now - job.since > _FRESH or job.error is not None:
+                return None
+            at = max(offset, job.offset)
+            parts.append(_Part(job, at, min(end, job.offset + job.length) - at))
+        return parts
+
+    def _fetch(self, number: int, now: float) -> None:
+        job = self._pieces.get(number)
+        if job is not None and now - job.since <= _FRESH and job.error is None:
+            return
+        self._pieces.pop(number, None)
+        if len(self._pieces) >= _PIECES:
+            del self._pieces[next(iter(self._pieces))]
+        at = number * _PIECE
+        job = self._pieces[number] = _Job(self._disk, at, min(_PIECE, self.size - at))
+        self._queue.put(job)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        return self._disk.extents(offset, length)
+
+    # Writing
+
+    def _forget(self, offset: int, length: int) -> None:
+        self._announced.forget(offset, length)
+        with self._lock:
+            for number in range(offset // _PIECE, (offset + length - 1) // _PIECE + 1):
+                self._pieces.pop(number, None)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        try:
+            self._disk.write(offset, data)
+        finally:
+            self._forget(offset, len(data))
+
+    def zero(self, offset: int, length: int, *, punch: bool, fast: bool) -> None:
+        try:
+            self._disk.zero(offset, length, punch=punch, fast=fast)
+        finally:
+            self._forget(offset, length)
+
+    def trim(self, offset: int, length: int) -> None:
+        try:
+            self._disk.trim(offset, length)
+        finally:
+            self._forget(offset, length)
+
+    def flush(self) -> None:
+        self._disk.flush()
+
+    def verify_access(self) -> None:
+        self._disk.verify_access()
+
+    def close(self) -> None:
+        for _ in self._workers:
+            self._queue.put(None)
+        self._disk.close()
+        for worker in self._workers:
+            worker.join(1)
+
+
+def _cut(spans: Sequence[Span], skip: int, length: int) -> Iterator[Span]:
+    """The spans of `length` bytes after the first `skip` ones."""
+    for span in spans:
+        size = span_length(span)
+        if skip >= size:
+            skip -= size
+            continue
+        count = min(size - skip, length)
+        if isinstance(span, ZeroSpan):
+            yield ZeroSpan(count)
+        elif isinstance(span, FileSpan):
+            yield FileSpan(span.file, span.offset + skip, count)
+        else:
+            yield memoryview(span)[skip : skip + count]
+        skip = 0
+        length -= count
+        if not length:
+            return
