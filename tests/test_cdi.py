@@ -325,6 +325,10 @@ OLD = rig.tar(("disk/old", b"old"))
         ((rig.tar(("disk/a", b"a")), OLD, rig.tar(("disk/.wh.old", b""))), b"a"),
         ((rig.tar(("disk/old", b"1")), rig.tar(("./disk/old", b"2"))), b"2"),
         ((rig.tar(("disk/a", b"1"), ("/disk/a", b"22"), ("x", b"y")),), b"22"),
+        (
+            (rig.tar(("disk/a", b"x" * 200_000), ("disk/a", bytes(150_000) + b"y")),),
+            bytes(150_000) + b"y",
+        ),
         ((rig.tar(directory("disk/"), ("disk/deep/er/a", b"deep")),), b"deep"),
         ((rig.tar(("images/a", b"hard"), link("disk/a", "images/a", tarfile.LNKTYPE)),), b"hard"),
         (
@@ -333,7 +337,18 @@ OLD = rig.tar(("disk/old", b"old"))
         ),
         ((rig.tar(("disk/../etc/passwd", b"x"), ("disk/a", b"a")),), b"a"),
     ],
-    ids=["topmost", "lower", "whiteout", "replaced", "appended", "deep", "hard", "over", "dots"],
+    ids=[
+        "topmost",
+        "lower",
+        "whiteout",
+        "replaced",
+        "appended",
+        "zeroed",
+        "deep",
+        "hard",
+        "over",
+        "dots",
+    ],
 )
 def test_which_file_is_the_disk(
     layers: tuple[bytes, ...], expected: bytes, written: Tool, tmp_path: Path
