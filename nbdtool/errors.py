@@ -15,15 +15,26 @@ class UsageError(Error):
     """Wrong usage of the command line (exit status 2)."""
 
 
+def tell(line: str) -> None:
+    """Print a line on standard error as it is, but for what a terminal would obey."""
+    # Names come from images and clients.
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    try:
+        sys.stderr.write(line.encode(errors="backslashreplace").decode() + "\n")
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):
+        pass  # nobody reads it
+
+
 def warn(text: str) -> None:
     """Tell the user, on standard error, of something that doesn't stop the work."""
-    _print(f"nbdtool: warning: {text}")
+    tell(f"nbdtool: warning: {text}")
 
 
 def debug(text: str, exc: BaseException | None = None) -> None:
     """With -v, print text and the traceback of exc."""
     if verbose:
-        _print(f"nbdtool: {text}")
+        tell(f"nbdtool: {text}")
         if exc:
             import traceback
 
@@ -35,22 +46,12 @@ def fail(exc: BaseException) -> None:
     text = str(exc)
     if isinstance(exc, OSError) and exc.strerror:
         text = f"{exc.filename}: {exc.strerror}" if exc.filename else exc.strerror
-    _print(f"nbdtool: error: {text}")
+    tell(f"nbdtool: error: {text}")
     debug("where it came from:", exc)
 
 
 def fault(exc: Exception) -> None:
     """Print the one line of a mistake of ours."""
     hint = "" if verbose else "; -v shows where"
-    _print(f"nbdtool: error: a fault in nbdtool: {type(exc).__name__}: {exc}{hint}")
+    tell(f"nbdtool: error: a fault in nbdtool: {type(exc).__name__}: {exc}{hint}")
     debug("where it came from:", exc)
-
-
-def _print(line: str) -> None:
-    # Names come from images and clients: what a terminal would obey is escaped.
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    try:
-        sys.stderr.write(line.encode(errors="backslashreplace").decode() + "\n")
-        sys.stderr.flush()
-    except (OSError, ValueError):
-        pass  # nobody reads it

@@ -16,7 +16,7 @@ _UNITS: dict[str, int] = {
 
 def size(text: str) -> int:
     """Bytes of `512`, `10K`, `1.5G`, `2048s` (sectors) or `1MiB`; ArgumentTypeError otherwise."""
-    match = re.fullmatch(r"(\d+)(?:\.(\d+))?([bskmgtpe]?)(?:i?b)?", text.strip().lower())
+    match = re.fullmatch(r"(\d+)(?:\.(\d+))?([bskmgtpe]?)(?:i?b)?", text.strip().lower(), re.ASCII)
     if not match or len(text) > 32:
         raise argparse.ArgumentTypeError(f"not a size: {text!r} (like 512, 10K, 1.5G or 2048s)")
     whole, fraction = match[1], match[2] or ""

@@ -6,12 +6,11 @@ import argparse
 import os
 import signal
 import socket
-import sys
 import threading
 from typing import TYPE_CHECKING, Callable
 
 from nbdtool.disk import Disk
-from nbdtool.errors import UsageError, debug, warn
+from nbdtool.errors import UsageError, debug, tell, warn
 from nbdtool.progress import human
 from nbdtool.server import captive, listen, process
 from nbdtool.server.exports import Exports
@@ -31,6 +30,7 @@ class Server:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._check_usage()
+        process.open_standard_streams()
         if args.exit_with_parent:
             process.exit_with_parent()
         self._privileges = process.Privileges(args.user, args.group)
@@ -55,7 +55,7 @@ class Server:
         args = self._args
         if args.oldstyle and args.export_name is not None:
             raise UsageError("oldstyle (-o) has no export names; leave -e or -o out")
-        if args.oldstyle and args.tls == "require":
+        if args.oldstyle and args.tls != "off":
             raise UsageError("oldstyle (-o) has no TLS; leave -o or --tls out")
         if args.unix is not None and (args.port is not None or args.ip_addr is not None):
             raise UsageError(
@@ -65,10 +65,11 @@ class Server:
             raise UsageError("-s serves standard input; -p, -i, -U and --run don't go with it")
         if args.fork and (args.stdin or args.run):
             raise UsageError("--fork doesn't go with -s or --run")
-        if args.export_name is not None and "\0" in args.export_name:
-            raise UsageError("an export name has no NUL byte")
-        if args.export_name is not None and len(os.fsencode(args.export_name)) > 4096:
-            raise UsageError("an export name has at most 4096 bytes")
+        if args.ipv4_only and args.ipv6_only:
+            raise UsageError("-4 and -6 leave no address to listen on; give the one or the other")
+        name = os.fsencode(args.export_name or "")
+        if len(name) > 4096 or name.decode(errors="replace").encode() != name:
+            raise UsageError("an export name is UTF-8 and has at most 4096 bytes")
 
     def run(self, disks: dict[str, Disk]) -> int:
         """Serve until a signal or the captive command's end; the exit status."""
@@ -141,7 +142,8 @@ class Server:
         if args.print_uri:
             print(uri, flush=True)
         if not args.run and not args.print_uri:
-            print(_start_line(place, exports, name, uri), file=sys.stderr, flush=True)
+            for line in _start_lines(place, exports, name, uri):
+                tell(line)
         self._ready()
         process.notify("READY=1")
 
@@ -204,7 +206,7 @@ def _standard_io() -> Stream:
     return PipeStream(reading, writing)
 
 
-def _start_line(place: listen.Place, exports: Exports, name: str, uri: str) -> str:
+def _start_lines(place: listen.Place, exports: Exports, name: str, uri: str) -> list[str]:
     if len(exports.all) == 1:
         export = exports.all[0]
         mode = "read-only" if export.read_only else "writable"
@@ -218,4 +220,4 @@ def _start_line(place: listen.Place, exports: Exports, name: str, uri: str) -> s
     if len(exports.all) == 1:
         ro = "--ro " if exports.all[0].read_only else ""
         lines.append(f"    guestfish {ro}--format=raw -a {captive.quoted(guestfish)}")
-    return "\n".join(lines)
+    return lines

@@ -31,7 +31,7 @@ class Place:
         scheme = "nbds" if tls else "nbd"
         name = quote(export, safe="/")
         if self.path is not None:
-            return f"{scheme}+unix:///{name}?socket={quote(self.path, safe='/')}"
+            return f"{scheme}+unix:///{name}?socket={quote(os.fsencode(self.path), safe='/')}"
         port = "" if self.port == 10809 else f":{self.port}"
         return f"{scheme}://{self.host}{port}/{name}".rstrip("/" if not name else "")
 

@@ -17,6 +17,14 @@ from nbdtool.errors import Error
 _PR_SET_PDEATHSIG = 1
 
 
+def open_standard_streams() -> None:
+    """Open those of descriptors 0 to 2 that are closed: no other file may get their numbers."""
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd <= 2:
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+
+
 def fork_to_background() -> Callable[[], None]:
     """Return in the child only; what it returns tells the parent that clients can connect.
 

@@ -562,17 +562,20 @@ def test_messages_can_go_to_a_file(start: Run, image: Path, tmp_path: Path) -> N
     assert process.log() == ""
 
 
-def test_it_serves_without_standard_error_and_output(
-    start: Run, run: Run, image: Path, tmp_path: Path
-) -> None:
+def test_it_serves_without_standard_streams(start: Run, run: Run, tmp_path: Path) -> None:
     path = tmp_path / "socket"
 
     def close() -> None:
-        os.close(1)
-        os.close(2)
+        os.closerange(0, 3)
 
-    with start("file", image, "-U", path, preexec_fn=close):
-        assert run("nbdinfo", "--size", f"nbd+unix:///?socket={path}") == f"{4 * MIB}\n"
+    odd = tmp_path / "odd"
+    odd.write_bytes(b"x" * 1000)  # of which is warned
+    for options in [], ["--fork"]:
+        with start("file", odd, "-U", path, *options, preexec_fn=close):
+            copy = run("nbdcopy", f"nbd+unix:///?socket={path}", "-")
+            assert copy == "x" * 1000
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+        wait_for(lambda: not path.exists())
 
 
 def test_a_size_that_the_kernel_would_cut_is_warned_of(start: Run, tmp_path: Path) -> None:
