@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
@@ -12,6 +14,17 @@ import pytest
 from tests.libvirt.conftest import MIB, Rig, backing, disk
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def pool(rig: Rig) -> Iterator[str]:
+    with rig.connection() as connection:
+        pool = connection.storagePoolCreateXML(
+            f"<pool type='dir'><name>p</name><target><path>{rig.images}</path></target></pool>"
+        )
+        pool.refresh()
+        yield "p"
+        pool.destroy()
 
 
 @pytest.mark.parametrize("method", ["local", "peek", "auto"])
@@ -67,19 +80,51 @@ def test_the_image_doesnt_say_what_is_read(
 
 
 def test_a_pool_names_backing_images(
-    rig: Rig, chain: list[Path], tmp_path: Path, nbdtool: Any, compare: Any
+    pool: str, rig: Rig, chain: list[Path], tmp_path: Path, nbdtool: Any, compare: Any
 ) -> None:
-    with rig.connection() as connection:
-        pool = connection.storagePoolCreateXML(
-            f"<pool type='dir'><name>p</name><target><path>{rig.images}</path></target></pool>"
-        )
-        try:
-            with rig.guest("chain", disk(chain[0], form="qcow2")):
-                out = tmp_path / "out"
-                nbdtool("libvirt", "chain", f"connect={rig.uri}", "--to-file", out, status=0)
-        finally:
-            pool.destroy()
+    with rig.guest("chain", disk(chain[0], form="qcow2")):
+        out = tmp_path / "out"
+        nbdtool("libvirt", "chain", f"connect={rig.uri}", "--to-file", out, status=0)
     compare(tmp_path / "out", chain[0], "qcow2")
+
+
+def test_a_chain_on_another_host_is_downloaded(
+    pool: str, rig: Rig, chain: list[Path], tmp_path: Path, nbdtool: Any, compare: Any
+) -> None:
+    with rig.guest("chain", disk(chain[0], form="qcow2")):
+        out = tmp_path / "out"
+        words = ("libvirt", "chain", f"connect={rig.tcp_uri}", "--to-file", out)
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        nbdtool(*words, env=environment, status=0)
+        assert list(tmp_path.iterdir()) == [out]
+        compare(out, chain[0], "qcow2")
+        environment["TMPDIR"] = "/nonexistent"
+        assert "No such file" in nbdtool(*words, env=environment, status=1).stderr
+
+
+def test_a_sparse_volume(
+    pool: str, rig: Rig, raw_image: Path, tmp_path: Path, nbdtool: Any
+) -> None:
+    with (
+        rig.guest("sparse", disk(raw_image)),
+        rig.guest(
+            "volume",
+            "<disk type='volume' device='disk'><driver name='qemu' type='raw'/>"
+            "<source pool='p' volume='raw'/><target dev='vda' bus='virtio'/></disk>",
+        ),
+    ):
+        for guest, method in ("sparse", "volume"), ("volume", "volume"), ("volume", "local"):
+            out = tmp_path / "out"
+            words = ("libvirt", guest, f"connect={rig.uri}", f"method={method}", "--to-file", out)
+            nbdtool(*words, status=0)
+            assert out.read_bytes() == raw_image.read_bytes()
+            assert out.stat().st_blocks * 512 < 5 * MIB
+
+
+def test_an_image_in_no_pool(rig: Rig, chain: list[Path], nbdtool: Any) -> None:
+    with rig.guest("nowhere", disk(chain[2], form="qcow2")):
+        words = ("libvirt", "nowhere", f"connect={rig.tcp_uri}", "--to-file", "-")
+        assert "virsh pool-create-as" in nbdtool(*words, status=1).stderr
 
 
 def test_every_disk_is_an_export(

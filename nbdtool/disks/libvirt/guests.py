@@ -172,7 +172,8 @@ class Watch:
     """
 
     def __init__(self, link: Link, guest: Guest, disk: GuestDisk) -> None:
-        self._link, self._guest, self._disk = link, guest, disk
+        self._link, self._guest = link, guest
+        self._disk = guest.disk(disk.target) or disk  # as the XML had it
         self._over = ""
 
     def check(self) -> None:

@@ -11,7 +11,7 @@ from nbdtool.disks.libvirt.guests import Guest, GuestDisk
 from nbdtool.disks.libvirt.link import Link
 from nbdtool.errors import Error
 
-METHODS = ("auto", "local", "peek")
+METHODS = ("auto", "local", "peek", "volume")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def choose(guest: Guest, disk: GuestDisk, *, local: bool) -> Choice:
     where = "its image can't be opened here" if local else "it is on another host"
     if top.format == "raw":
         return Choice("peek", f"the guest is stopped, its disk is raw, and {where}")
-    raise Error(f"{guest.name}: {disk.target} is {top.format}, and {where}")
+    return Choice("volume", f"the guest is stopped, its disk is {top.format}, and {where}")
 
 
 def readable(disk: GuestDisk) -> bool:
@@ -51,6 +51,7 @@ def open_disks(link: Link, guest: Guest, disks: list[GuestDisk], method: str) ->
     """Each disk by the method given or chosen; keyed by target, or by "" if it is the only one."""
     from nbdtool.disks.libvirt.local import open_local
     from nbdtool.disks.libvirt.peek import open_peek
+    from nbdtool.disks.libvirt.volume import open_volume
 
     local = link.is_local()
     opened: dict[str, Disk] = {}
@@ -64,6 +65,8 @@ def open_disks(link: Link, guest: Guest, disks: list[GuestDisk], method: str) ->
                 if not local:
                     raise Error(f"{guest.name}: is on another host; method local reads files here")
                 made = open_local(link, guest, disk)
+            elif choice.method == "volume":
+                made = open_volume(link, guest, disk)
             else:
                 made = open_peek(link.clone(), guest, disk)
             if choice.why:
