@@ -246,7 +246,7 @@ def test_bad_sources(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(Error, match=r"none.*No such file"):
         oracle.open_disk(tmp_path / "none")
-    with pytest.raises(Error, match=r"file.*Not a directory"):
+    with pytest.raises(Error, match=r"file: not a directory; not a tar archive"):
         oracle.open_disk(tmp_path / "file")
 
 

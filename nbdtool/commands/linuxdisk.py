@@ -218,7 +218,13 @@ def _add_archive(path: str, tree: Tree, number: int, args: argparse.Namespace) -
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise Error(f"{name}: the archive is damaged: {error}") from None
     archive = Archive(name, tree, number, file, exclude=args.exclude, whiteouts=args.whiteouts)
-    archive.scan(walk(_Forward(file.fd), name))
+    before = len(tree.names)
+    try:
+        archive.scan(walk(_Forward(file.fd), name))
+    except Error as error:
+        if path == "-" or len(tree.names) > before:
+            raise
+        raise Error(f"{name}: not a directory; {str(error).removeprefix(f'{name}: ')}") from None
     return archive
 
 

@@ -27,6 +27,7 @@ from nbdtool.ext.structures import ROOT, encode_device
 from nbdtool.ext.tree import Tree
 from nbdtool.ext.xattr import attribute
 
+_LOW = 0xFFFFFFFF
 # what the kernel makes up: none of it belongs on a disk
 _PSEUDO_FILESYSTEMS = frozenset(
     [
@@ -91,7 +92,7 @@ class HostTree:
         self._files: Recent = Recent(max(4, min(limit // 8, 4096)))
         self._stamps: dict[int, int] = {}  # by inode number: where in the next two
         self._identities = array("Q")  # device, inode
-        self._changes = array("q")  # mtime, ctime
+        self._changes = array("q")  # mtime, ctime, each in two words: the last days have 65 bits
         self._device = 0
         self._excluded = excluder(selection.exclude)
         self._first = len(tree.names)  # what has a lower number is from other sources
@@ -136,6 +137,7 @@ class HostTree:
         add = tree.add
         number = self._number
         lstat = os.lstat
+        changes = self._changes
         listxattr = os.listxattr
         # who isn't root finds out now, not when a client reads
         check = os.geteuid() != 0
@@ -174,6 +176,7 @@ class HostTree:
                     size = 0
                 else:
                     size = 0
+                mtime, ctime = st.st_mtime_ns, st.st_ctime_ns
                 attributes = listxattr(name, follow_symlinks=False)
                 ino = add(
                     parent,
@@ -183,8 +186,8 @@ class HostTree:
                     gid,
                     size,
                     st.st_atime_ns,
-                    st.st_ctime_ns,
-                    st.st_mtime_ns,
+                    ctime,
+                    mtime,
                     content,
                     number,
                 )
@@ -195,9 +198,9 @@ class HostTree:
                     links[device, inode] = ino
                     tree.linked.add(ino)
                 if kind == stat.S_IFREG and size:
-                    self._stamps[ino] = len(self._changes)
+                    self._stamps[ino] = len(self._identities)
                     self._identities.extend((device, inode))
-                    self._changes.extend((st.st_mtime_ns, st.st_ctime_ns))
+                    changes.extend((mtime >> 32, mtime & _LOW, ctime >> 32, ctime & _LOW))
                     if st.st_blocks << 9 < size:
                         self._find_holes(ino, name, size)
                 if attributes:
@@ -279,7 +282,8 @@ class HostTree:
         name = self._shown(ino)
         at = self._stamps[ino]
         device, inode = self._identities[at : at + 2]
-        mtime, ctime = self._changes[at : at + 2]
+        high, low, *changed = self._changes[2 * at : 2 * at + 4]
+        mtime, ctime = high << 32 | low, changed[0] << 32 | changed[1]
         stamp = Stamp(device, inode, tree.sizes[ino], mtime, ctime)
         try:
             fd = open_file(tree.names[ino], self._directory(tree.parents[ino]).fd)
