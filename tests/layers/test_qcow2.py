@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from nbdtool import deflate
 from nbdtool.disk import (
     STATE_ZERO,
     Disk,
@@ -115,8 +116,13 @@ def test_matrix(
     assert ours == zero_map((entry["length"], entry["zero"]) for entry in theirs)
 
 
-def test_a_converted_disk(tmp_path: Path, run: Any, random_file: Any) -> None:
+@pytest.mark.parametrize("library", [True, False])
+def test_a_converted_disk(
+    tmp_path: Path, run: Any, random_file: Any, library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compressed by qemu-img, in clusters of incompressible, compressible and no data."""
+    if not library:
+        monkeypatch.setattr(deflate, "_library", None)
     source = random_file(tmp_path / "source", 3 * MIB)
     data = source.read_bytes() + b"compressible " * 80000 + bytes(MIB + 77)
     source.write_bytes(data)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import errno
 import sys
 import threading
-import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 
-from nbdtool import zstd
+from nbdtool import deflate, zstd
 from nbdtool.disk import DATA, HOLE, Disk, Extent, Span, ZeroSpan, read_bytes
 from nbdtool.errors import Error, warn
 from nbdtool.layers.qcow2.header import (
@@ -24,12 +23,12 @@ from nbdtool.layers.qcow2.header import (
     read_header,
     read_snapshots,
 )
-from nbdtool.layers.qcow2.inflater import Inflater
+from nbdtool.layers.qcow2.inflater import Inflater, Piece
 
 _OFFSET = 0x00FFFFFFFFFFFE00  # the place in an L1 or L2 entry
 _COMPRESSED = 1 << 62
 _ZERO = 1 << 0
-_WINDOW = -12  # zlib's wbits for raw deflate data with a window of 4 KiB
+_WINDOW_BITS = 12  # of deflate data
 
 _TABLES = 64 << 20  # bytes of L2 tables that are kept
 _INFLATED = 64 << 20  # bytes of decompressed clusters that are kept
@@ -321,7 +320,7 @@ class Qcow2(Disk):
         sectors = (entry & _COMPRESSED - 1) >> shift
         return place, min((sectors + 1) * 512 - place % 512, self._end - place)
 
-    def _inflate(self, entry: int) -> bytes:
+    def _inflate(self, entry: int) -> Piece:
         """The cluster; its data may end before its sectors do, and they after the image."""
         place, length = self._deflated_range(entry)
         self._check_place(place, "a compressed cluster")
@@ -329,12 +328,9 @@ class Qcow2(Disk):
         if self._header.compression == ZSTD:
             return zstd.decompress_frame(data, self._cluster)
         try:
-            cluster = zlib.decompressobj(_WINDOW).decompress(data, self._cluster)
-        except zlib.error as exc:
+            return deflate.decompress(data, self._cluster, _WINDOW_BITS)
+        except ValueError as exc:
             raise _damaged(f"a compressed cluster at byte {place}: {exc}") from None
-        if len(cluster) != self._cluster:
-            raise _damaged(f"a compressed cluster at byte {place} has {len(cluster)} bytes")
-        return cluster
 
 
 def _extents(disk: Disk, offset: int, length: int) -> Iterator[Extent]:

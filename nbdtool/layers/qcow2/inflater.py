@@ -7,7 +7,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Callable
+from typing import Callable, Union
+
+Piece = Union[bytes, memoryview]
 
 
 class Inflater:
@@ -16,12 +18,12 @@ class Inflater:
     A piece that several threads want at once is decompressed once.
     """
 
-    def __init__(self, inflate: Callable[[int], bytes], capacity: int) -> None:
+    def __init__(self, inflate: Callable[[int], Piece], capacity: int) -> None:
         self._inflate = inflate
         self._capacity = capacity
         self._lock = threading.Lock()
-        self._done: OrderedDict[int, bytes] = OrderedDict()
-        self._running: dict[int, Future[bytes]] = {}
+        self._done: OrderedDict[int, Piece] = OrderedDict()
+        self._running: dict[int, Future[Piece]] = {}
         self._pool = ThreadPoolExecutor(os.cpu_count(), "inflate")
 
     def start(self, keys: Iterable[int]) -> None:
@@ -36,7 +38,7 @@ class Inflater:
                     except RuntimeError:
                         return  # no more threads are to be had: the reader does it
 
-    def get(self, key: int) -> bytes:
+    def get(self, key: int) -> Piece:
         """The piece; raises what inflate raises."""
         with self._lock:
             data = self._done.get(key)
@@ -56,7 +58,7 @@ class Inflater:
         mine.set_result(data)
         return data
 
-    def _run(self, key: int) -> bytes:
+    def _run(self, key: int) -> Piece:
         try:
             data = self._inflate(key)
         except BaseException:

@@ -1,0 +1,110 @@
+"""qcow2 images, plain and compressed, served to nbdcopy and fio and written to raw files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from bench.programs import NBDTOOL, fio, random_file, run, seconds, serving, uri
+from bench.race import RATE, SECONDS, Race, faster, row
+
+GIB = 1 << 30
+
+
+@contextlib.contextmanager
+def reading(directory: Path, image: Path) -> Iterator[dict[str, str]]:
+    """nbdtool and qemu-nbd serve what is in the image; their URIs by name."""
+    commands = {
+        "nbdtool": [NBDTOOL, "file", image, "--qcow2", "-r", "-U"],
+        "qemu-nbd": ["qemu-nbd", "-r", "-t", "-e", "16", "-f", "qcow2", image, "-k"],
+    }
+    with contextlib.ExitStack() as stack:
+        uris = {}
+        for server, words in commands.items():
+            path = directory / server
+            stack.enter_context(serving([os.fspath(word) for word in (*words, path)], path))
+            uris[server] = uri(directory, server)
+        yield uris
+
+
+def plain(directory: Path) -> Path:
+    """A qcow2 image of 1 GiB of data."""
+    return convert(random_file(directory / "raw", GIB))
+
+
+def compressed(directory: Path) -> Path:
+    """A compressed qcow2 image of 512 MiB of programs and texts."""
+    raw = directory / "raw"
+    archive = "tar -C /usr -cf - bin lib share 2>/dev/null"
+    run("sh", "-c", f'{archive} | head -c {GIB // 2} > "$1"', "sh", raw)
+    return convert(raw, "-c")
+
+
+def convert(raw: Path, *options: str) -> Path:
+    image = raw.with_name("image")
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, raw, image)
+    raw.unlink()
+    return image
+
+
+def copy_row(name: str, connections: int) -> None:
+    make = {"plain": plain, "zlib": compressed}[name]
+
+    @row(
+        f"qcow2-{name}-{connections}",
+        f"nbdcopy of a {name} qcow2 to null:, {connections} connection{'s'[: connections > 1]}",
+        {"qemu-nbd": faster(1.2)},
+    )
+    def copy(directory: Path) -> Iterator[Race]:
+        with reading(directory, make(directory)) as uris:
+            yield Race(
+                SECONDS,
+                {
+                    server: partial(
+                        seconds, "nbdcopy", f"--connections={connections}", uri, "null:"
+                    )
+                    for server, uri in uris.items()
+                },
+            )
+
+
+def to_file_row(name: str, goal: float) -> None:
+    make = {"plain": plain, "zlib": compressed}[name]
+
+    @row(
+        f"qcow2-{name}-to-file",
+        f"a {name} qcow2 to a raw file",
+        {"qemu-img convert": faster(goal)},
+    )
+    def write(directory: Path) -> Iterator[Race]:
+        image, target = make(directory), directory / "target"
+        convert = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, target]
+        yield Race(
+            SECONDS,
+            {
+                "nbdtool": partial(seconds, NBDTOOL, "file", image, "--qcow2", "--to-file", target),
+                "qemu-img convert": partial(seconds, *convert),
+            },
+        )
+
+
+@row(
+    "qcow2-fio-16",
+    "fio, 4 KiB random reads of a plain qcow2, depth 16",
+    {"qemu-nbd": faster(2)},
+)
+def requests(directory: Path) -> Iterator[Race]:
+    with reading(directory, plain(directory)) as uris:
+        yield Race(
+            RATE, {server: partial(fio, uri, "randread", 16) for server, uri in uris.items()}
+        )
+
+
+copy_row("plain", 1)
+copy_row("plain", 4)
+copy_row("zlib", 4)
+to_file_row("plain", 1.0)
+to_file_row("zlib", 1.2)
