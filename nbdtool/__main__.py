@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Run nbdtool; the exit status is 0, 1 for a failure, 2 for wrong usage."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv in (["--version"], ["-V"]):  # without argparse: scripts ask often
-        print(f"nbdtool {__version__}")
-        return 0
+    _reserve_standard_descriptors()
     from nbdtool import errors
 
     try:
-        return _run(argv)
+        status = _run(argv)
+        _flush()
+        return status
     except errors.UsageError as exc:
         errors.fail(exc)
         return 2
@@ -42,7 +43,29 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+def _reserve_standard_descriptors() -> None:
+    """Let no file of ours become standard input, output or error where one of them is closed."""
+    for fd, mode in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_RDONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, mode)  # the wrong way round: to use it fails as before
+
+
+def _flush() -> None:
+    """Have standard output out before the exit status is settled."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as exc:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left would be tried again
+        raise OSError(exc.errno, exc.strerror, "standard output") from None
+
+
 def _run(argv: list[str]) -> int:
+    if argv in (["--version"], ["-V"]):  # without argparse: scripts ask often
+        print(f"nbdtool {__version__}")
+        return 0
     from nbdtool import cli, errors
 
     command, args = cli.parse(argv)

@@ -109,7 +109,7 @@ def command_module(name: str) -> ModuleType:
     except ModuleNotFoundError as exc:
         if exc.name != f"nbdtool.commands.{name}":
             raise
-    near = _close(name, command_names(), 0.6)
+    near = _close(name.partition("=")[0], command_names(), 0.6)
     known = f"did you mean {near}?" if near else f"there are {', '.join(command_names())}"
     raise UsageError(f"{name}: no such subcommand; {known}")
 
@@ -270,7 +270,6 @@ def _normalise(parser: Parser, words: list[str]) -> list[str] | None:
     result: list[str] = []
     queue = list(reversed(words))
     options = True
-    seen: set[str] = set()
 
     def value_of(name: str) -> str:
         if not queue:
@@ -288,7 +287,8 @@ def _normalise(parser: Parser, words: list[str]) -> list[str] | None:
             if action is None:
                 if parser.option("--filter") is None:
                     return None
-                raise UsageError(f"{name}: no such option{_near(name, parser)}")
+                near = _near(name, parser._option_string_actions, parser)
+                raise UsageError(f"{name}: no such option{near}")
             if action.nargs == "?" and not equals:
                 word = name + "=on"
             elif action.nargs is None and not equals:
@@ -311,27 +311,26 @@ def _normalise(parser: Parser, words: list[str]) -> list[str] | None:
         elif pair:
             if parser.option("--filter") is None:
                 return None
+            near = _near(pair[1] + "=", sorted(key + "=" for key in parser.keys), parser)
             raise UsageError(
-                f"{pair[1]}=: no such key{_near('--' + pair[1], parser)}"
-                f"; a file of that name is given as ./{word}"
+                f"{pair[1]}=: no such key{near}; a file of that name is given as ./{word}"
             )
         else:
             if not parser.magic:
                 raise UsageError(f"{word}: what is this? See nbdtool --help")
             result.append(f"--{parser.magic}={word}")
-        if result and result[-1].startswith(f"--{parser.magic}="):
-            action = parser.option("--" + parser.magic)
-            if parser.magic in seen and not isinstance(action, argparse._AppendAction):
-                raise UsageError(f"{word}: there is one {parser.magic} already")
-            seen.add(parser.magic)
+    sources = [word for word in result if word.startswith(f"--{parser.magic}=")]
+    if len(sources) > 1 and parser.magic:
+        action = parser.option("--" + parser.magic)
+        if not isinstance(action, argparse._AppendAction):
+            surplus = sources[1].partition("=")[2]
+            raise UsageError(f"{surplus}: there is one {parser.magic} already")
     return result
 
 
-def _near(name: str, parser: Parser) -> str:
-    near = _close(name, parser._option_string_actions, 0.5)
-    if near is None:
-        return f"; see {parser.prog} --help"
-    return f"; did you mean {near[2:] + '=' if near[2:] in parser.keys else near}?"
+def _near(name: str, known: Iterable[str], parser: Parser) -> str:
+    near = _close(name, known, 0.6)
+    return f"; did you mean {near}?" if near else f"; see {parser.prog} --help"
 
 
 def _close(name: str, known: Iterable[str], likeness: float) -> str | None:

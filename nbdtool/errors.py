@@ -18,12 +18,18 @@ class UsageError(Error):
 def tell(line: str) -> None:
     """Print a line on standard error as it is, but for what a terminal would obey."""
     # Names come from images and clients.
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    line = "".join(c if c.isprintable() else _escaped(c) for c in line)
     try:
-        sys.stderr.write(line.encode(errors="backslashreplace").decode() + "\n")
+        sys.stderr.write(line + "\n")
         sys.stderr.flush()
     except (AttributeError, OSError, ValueError):
         pass  # nobody reads it
+
+
+def _escaped(c: str) -> str:
+    if "\udc80" <= c <= "\udcff":  # a byte that isn't UTF-8, as os.fsdecode() has it
+        return f"\\x{ord(c) - 0xDC00:02x}"
+    return c.encode("unicode_escape").decode()
 
 
 def warn(text: str) -> None:

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
                     help="leave out what other filesystems hold (on for /)")  # fmt: skip
     values.add_flag(parser, "--skip-unreadable", help="leave out files that can't be read")
     values.add_flag(parser, "--copy", help="copy all data first, for files that may change")
-    values.add_flag(parser, "--whiteouts", help=".wh.NAME hides NAME of the sources before")
+    values.add_flag(parser, "--whiteouts", help="a file .wh.NAME hides NAME of the sources before")
     values.add_flag(parser, "--all-root", help="all files belong to root")
     add("--chown", type=_owner, metavar="UID:GID", help="all files belong to these numbers")
     add("--mtime", type=_time, metavar="TIME",

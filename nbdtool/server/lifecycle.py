@@ -30,7 +30,6 @@ class Server:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._check_usage()
-        process.open_standard_streams()
         if args.exit_with_parent:
             process.exit_with_parent()
         self._privileges = process.Privileges(args.user, args.group)
@@ -67,6 +66,12 @@ class Server:
             raise UsageError("--fork doesn't go with -s or --run")
         if args.ipv4_only and args.ipv6_only:
             raise UsageError("-4 and -6 leave no address to listen on; give the one or the other")
+        if args.tls_verify_peer and (args.tls == "off" or args.tls_psk is not None):
+            raise UsageError("--tls-verify-peer checks certificates: add --tls-certificates")
+        if args.tls_psk is not None and args.tls_certificates is not None:
+            raise UsageError(
+                "--tls-psk and --tls-certificates don't mix; give the one or the other"
+            )
         name = os.fsencode(args.export_name or "")
         if len(name) > 4096 or name.decode(errors="replace").encode() != name:
             raise UsageError("an export name is UTF-8 and has at most 4096 bytes")

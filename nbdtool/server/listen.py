@@ -95,7 +95,8 @@ def _addresses(address: str | None, families: list[int]) -> list[tuple[int, str]
     try:
         found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:
-        raise Error(f"{address}: not an address to listen on: {exc}") from None
+        reason = getattr(exc, "strerror", None) or exc
+        raise Error(f"{address or repr(address)}: not an address to listen on: {reason}") from None
     usable = [(info[0], str(info[4][0])) for info in found if info[0] in families]
     if not usable:
         raise Error(f"{address}: has no address of the family asked for")
@@ -129,12 +130,12 @@ def on_unix(path: str, mode: int) -> Place:
 
     A socket that nobody answers on is taken over.
     """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     made = []
     if path == "-":
         made.append(_private_directory())
         path = os.path.join(made[0], "socket")
     path = os.path.abspath(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     umask = os.umask(0o777)
     try:
         try:
@@ -148,9 +149,12 @@ def on_unix(path: str, mode: int) -> Place:
         os.chmod(path, mode)
     except OSError as exc:
         sock.close()
-        text = "a server answers there already" if exc.errno == errno.EADDRINUSE else exc.strerror
-        if text is None:
-            text = "the path is longer than a Unix socket's can be (107 bytes)"
+        for directory in made:
+            os.rmdir(directory)
+        text = exc.strerror or "the path is longer than a Unix socket's can be (107 bytes)"
+        if exc.errno == errno.EADDRINUSE:
+            answers = _is_socket(path)
+            text = "a server answers there already" if answers else "is there, and is no socket"
         raise Error(f"{path}: {text}; choose another path with -U") from None
     finally:
         os.umask(umask)
@@ -169,9 +173,13 @@ def _private_directory() -> str:
     return path
 
 
+def _is_socket(path: str) -> bool:
+    return stat.S_ISSOCK(os.lstat(path).st_mode)
+
+
 def _stale(path: str) -> bool:
     """Whether path is a socket that nobody listens on."""
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+    if not _is_socket(path):
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         return probe.connect_ex(path) == errno.ECONNREFUSED

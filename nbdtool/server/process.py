@@ -17,14 +17,6 @@ from nbdtool.errors import Error
 _PR_SET_PDEATHSIG = 1
 
 
-def open_standard_streams() -> None:
-    """Open those of descriptors 0 to 2 that are closed: no other file may get their numbers."""
-    fd = os.open(os.devnull, os.O_RDWR)
-    while fd <= 2:
-        fd = os.open(os.devnull, os.O_RDWR)
-    os.close(fd)
-
-
 def fork_to_background() -> Callable[[], None]:
     """Return in the child only; what it returns tells the parent that clients can connect.
 
@@ -91,7 +83,7 @@ class Privileges:
         self._groups: list[int] = []
         if user is not None:
             try:
-                entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
+                entry = pwd.getpwuid(_number(user)) if user.isdecimal() else pwd.getpwnam(user)
                 self.uid, self.gid = entry.pw_uid, entry.pw_gid
                 self._groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
             except KeyError:
@@ -99,10 +91,10 @@ class Privileges:
                     raise Error(f"{user}: no such user; give -u another") from None
                 if group is None:
                     raise Error(f"{user}: no such user, whose group is unknown; add -g") from None
-                self.uid = int(user)
+                self.uid = _number(user)
         if group is not None:
             try:
-                self.gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+                self.gid = _number(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
             except KeyError:
                 raise Error(f"{group}: no such group; give -g another") from None
 
@@ -125,6 +117,13 @@ class Privileges:
                 os.setuid(self.uid)
         except OSError as exc:
             raise _denied(exc) from None
+
+
+def _number(text: str) -> int:
+    number = int(text)
+    if number >= 0xFFFFFFFF:  # -1 stands for none
+        raise Error(f"{text}: too large for a user or group ID; give -u or -g another")
+    return number
 
 
 def _denied(exc: OSError) -> Error:
