@@ -88,8 +88,8 @@ class HostTree:
             raise Error(f"{path}: {_reason(error)}") from None
         limit = raise_descriptor_limit()
         self._root = SpanFile(root, path)
-        self._directories: Recent = Recent(max(4, min(limit // 32, 256)))
-        self._files: Recent = Recent(max(4, min(limit // 8, 4096)))
+        self._directories: Recent = Recent(max(4, min(limit // 16, 1024)))
+        self._files: Recent = Recent(max(4, min(limit // 4, 8192)))
         self._stamps: dict[int, int] = {}  # by inode number: where in the next two
         self._identities = array("Q")  # device, inode
         self._changes = array("q")  # mtime, ctime, each in two words: the last days have 65 bits
@@ -98,6 +98,7 @@ class HostTree:
         self._first = len(tree.names)  # what has a lower number is from other sources
         self.unreadable: list[str] = []
         self._foreign_xattrs: set[str] = set()
+        self._reader = _identity()
 
     def scan(self, report: Callable[[int], None] = lambda count: None) -> None:
         """Add the directory to the tree; report is told how many files there are so far.
@@ -269,6 +270,8 @@ class HostTree:
 
     def verify_access(self) -> list[str]:
         """The files that can't be opened any more, each with the reason."""
+        if _identity() == self._reader:
+            return []  # who scanned them can
         failures = []
         for ino in self._stamps:
             try:
@@ -279,7 +282,6 @@ class HostTree:
 
     def _open(self, ino: int) -> SpanFile:
         tree = self._tree
-        name = self._shown(ino)
         at = self._stamps[ino]
         device, inode = self._identities[at : at + 2]
         high, low, *changed = self._changes[2 * at : 2 * at + 4]
@@ -288,9 +290,9 @@ class HostTree:
         try:
             fd = open_file(tree.names[ino], self._directory(tree.parents[ino]).fd)
         except OSError as error:
-            raise OSError(errno.EIO, f"{name}: {_reason(error)}") from None
-        file = SpanFile(fd, name, stamp)
-        file.check()
+            raise OSError(errno.EIO, f"{self._shown(ino)}: {_reason(error)}") from None
+        file = _TreeFile(fd, self.path, tree, ino, stamp)
+        file.check()  # it is what was scanned, and so a regular file
         return file
 
     def _directory(self, ino: int) -> SpanFile:
@@ -313,8 +315,32 @@ class HostTree:
         path = self._tree.path(ino)
         if name is not None:
             path = path + b"/" + name if path else name
-        text = os.fsdecode(os.path.join(os.fsencode(self.path), path) if path else self.path)
-        return text if text.isprintable() else ascii(text)
+        return _shown_path(self.path, path)
+
+
+def _identity() -> tuple[int, int, list[int]]:
+    """Who the process is, as far as permissions go."""
+    return os.geteuid(), os.getegid(), os.getgroups()
+
+
+class _TreeFile(SpanFile):
+    """A file of the tree, whose path is only put together when a message needs it."""
+
+    __slots__ = ("_ino", "_root", "_tree")
+
+    def __init__(self, fd: int, root: str, tree: Tree, ino: int, stamp: Stamp) -> None:
+        self.fd = fd
+        self.stamp = stamp
+        self._root, self._tree, self._ino = root, tree, ino
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return _shown_path(self._root, self._tree.path(self._ino))
+
+
+def _shown_path(root: str, path: bytes) -> str:
+    text = os.fsdecode(os.path.join(os.fsencode(root), path) if path else root)
+    return text if text.isprintable() else ascii(text)
 
 
 def _reason(error: Exception) -> str:
