@@ -6,14 +6,15 @@ import argparse
 
 from nbdtool.disk import Disk
 from nbdtool.errors import UsageError
+from nbdtool.values import add_flag
 
 SUMMARY = "serve the disk of a libvirt guest"
 MAGIC = "domain"
 
+_METHODS = ("auto", "local", "peek", "volume", "backup")
+
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
-    from nbdtool.disks.libvirt.methods import METHODS
-
     add = parser.add_argument
     add("--domain", metavar="DOMAIN", help="the guest: its name, UUID or ID")
     add(
@@ -23,7 +24,20 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         " guest has, each as an export of its target's name",
     )
     add("--connect", metavar="URI", default="", help="the hypervisor (libvirt's default)")
-    add("--method", choices=METHODS, default="auto", help="how the disk is read (auto)")
+    add("--method", choices=_METHODS, default="auto", help="how the disk is read (auto)")
+    add(
+        "--scratch-dir",
+        metavar="DIR",
+        default="",
+        help="for method backup: where the guest's qemu keeps what the guest overwrites meanwhile"
+        " ($TMPDIR or /var/tmp)",
+    )
+    add_flag(parser, "--force-scratch", help="although there is less room than the disk is large")
+    add_flag(
+        parser,
+        "--quiesce",
+        help="for method backup: freeze the guest's filesystems through its agent while it begins",
+    )
     add(
         "--password-file",
         metavar="FILE",
@@ -51,6 +65,7 @@ def _seconds(text: str) -> float:
 
 def open(args: argparse.Namespace) -> dict[str, Disk]:
     from nbdtool.disks.libvirt import guests, methods
+    from nbdtool.disks.libvirt.backup import Scratch
     from nbdtool.disks.libvirt.link import Link
 
     if args.domain is None:
@@ -61,10 +76,11 @@ def open(args: argparse.Namespace) -> dict[str, Disk]:
         password_file=args.password_file,
         reconnect=args.reconnect,
     )
+    scratch = Scratch(args.scratch_dir, args.force_scratch, args.quiesce)
     try:
         guest = guests.find(link, args.domain)
         disks = guests.choose(guest, args.disk)
-        return methods.open_disks(link, guest, disks, args.method)
+        return methods.open_disks(link, guest, disks, args.method, scratch)
     except BaseException:
         link.close()
         raise

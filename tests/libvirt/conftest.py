@@ -41,7 +41,9 @@ class Rig:
         for path in _PRIVATE:
             (directory / "private" / path.replace("/", "-")).mkdir(parents=True)
         self.images.mkdir()
+        self.small = directory / "small"  # a filesystem of 4 MiB
         (directory / "sockets").mkdir()
+        self.small.mkdir()
         for path in (directory, directory / "private", self.images):
             path.chmod(0o755)
         (directory / "libvirtd.conf").write_text(
@@ -148,11 +150,13 @@ def rig() -> Iterator[Rig]:
     libvirt.registerErrorHandler(lambda *_: None, None)
     directory = Path(tempfile.mkdtemp(prefix="nbdtool-libvirt-", dir="/var/tmp"))
     made = Rig(directory)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "none", made.small], check=True)
     try:
         made.start()
         yield made
         made.stop()
     finally:
+        subprocess.run(["umount", made.small], check=True)
         shutil.rmtree(directory)
 
 

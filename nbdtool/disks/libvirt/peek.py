@@ -34,7 +34,7 @@ class PeekDisk(Disk):
         self._guest = guest
         # A source path, other than a target, can't come to mean another image.
         self._name = disk.top.path or disk.target
-        self._links = [link, *(link.clone() for _ in range(CONNECTIONS - 1))]
+        self._links = [link.clone() for _ in range(CONNECTIONS)]
         self._domains: list[tuple[Any, Any]] = [(None, None)] * CONNECTIONS
         self._watch = Watch(link, guest, disk)
         self._seen = time.monotonic()
