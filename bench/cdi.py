@@ -111,7 +111,18 @@ def registry(directory: Path, *options: str) -> Iterator[str]:
     }
     (directory / "registry.yml").write_text(json.dumps(settings))
     (directory / "registries.conf").write_text(f'[[registry]]\nlocation="{host}"\ninsecure=true\n')
-    os.environ["CONTAINERS_REGISTRIES_CONF"] = str(directory / "registries.conf")
+    (directory / "storage.conf").write_text(
+        f'[storage]\ndriver="overlay"\ngraphroot="{directory}/podman"\nrunroot="{directory}/run"\n'
+    )
+    (directory / "tmp").mkdir()
+    # All contestants work on the filesystem that the benchmark was given, and on no other.
+    own = {
+        "TMPDIR": str(directory / "tmp"),
+        "CONTAINERS_REGISTRIES_CONF": str(directory / "registries.conf"),
+        "CONTAINERS_STORAGE_CONF": str(directory / "storage.conf"),
+    }
+    before = dict(os.environ)
+    os.environ.update(own)
     shim = directory / "bin/podman"
     shim.parent.mkdir()
     shim.write_text(SHIM)
@@ -136,7 +147,9 @@ def registry(directory: Path, *options: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
-        del os.environ["CONTAINERS_REGISTRIES_CONF"]
+        os.environ.clear()
+        os.environ.update(before)
+        subprocess.run(["umount", directory / "podman/overlay"], stderr=subprocess.DEVNULL)
 
 
 def ready(image: str) -> float:
@@ -154,8 +167,8 @@ def nbdkit(directory: Path, image: str, *words: str) -> float:
 
 
 def by_hand(directory: Path, image: str) -> float:
-    """skopeo copy, and the one layer unpacked; on the same filesystem as the others."""
-    folder = Path("/var/tmp", f"nbdtool-bench-{os.getpid()}")
+    """skopeo copy, and the one layer unpacked."""
+    folder = directory / "tmp/by-hand"
     script = (
         f"mkdir {folder} && cd {folder} && skopeo copy -q --src-tls-verify=false"
         f" docker://{image} oci:copy && gunzip -c"
@@ -219,7 +232,7 @@ def compressed(directory: Path) -> Iterator[Race]:
 
 @row("cdi-to-file", "an image's disk to a raw file", {PIPELINE: faster(2.5)}, rounds=3)
 def to_file(directory: Path) -> Iterator[Race]:
-    target = Path("/var/tmp", f"nbdtool-bench-{os.getpid()}.img")
+    target = directory / "tmp/disk.img"
 
     def ours(image: str) -> float:
         target.unlink(missing_ok=True)
@@ -231,11 +244,8 @@ def to_file(directory: Path) -> Iterator[Race]:
         words = ("--filter=tar", "tar-entry=disk/downloaded", "--run", convert)
         return nbdkit(directory, image, *words)
 
-    try:
-        with registry(directory) as image:
-            yield Race(SECONDS, {"nbdtool": partial(ours, image), PIPELINE: partial(theirs, image)})
-    finally:
-        target.unlink(missing_ok=True)
+    with registry(directory) as image:
+        yield Race(SECONDS, {"nbdtool": partial(ours, image), PIPELINE: partial(theirs, image)})
 
 
 @row(

@@ -256,6 +256,22 @@ def test_compressed_docker_archive(
     assert written(f"docker-archive:{tmp_path}/image.tar.gz", "--find-disk") == raw.read_bytes()
 
 
+@pytest.mark.parametrize("how", ["none", "gzip", "zstd"])
+def test_docker_archive_by_its_parts(how: str, written: Tool, cdi: Tool, tmp_path: Path) -> None:
+    layer = rig.tar(("disk/vm", b"vm" * 1000))
+    config = json.dumps({"os": "linux", "rootfs": {"diff_ids": [rig.digest(layer)]}}).encode()
+    content = [{"Config": "c.json", "RepoTags": None, "Layers": ["x/layer.tar"]}]
+    members = [("c.json", config), ("manifest.json", json.dumps(content).encode())]
+    archive = tmp_path / "image.tar"
+    archive.write_bytes(rig.tar(("x/layer.tar", rig.compress(layer, how)), *members))
+    assert written(f"docker-archive:{archive}", "--find-disk") == b"vm" * 1000
+    assert written(f"docker-archive:{archive}:@0") == layer
+    altered = layer.replace(b"vmvm", b"vmwm", 1)
+    archive.write_bytes(rig.tar(("x/layer.tar", rig.compress(altered, how)), *members))
+    done = cdi(f"docker-archive:{archive}", "--find-disk", "--to-file", "-", status=1)
+    assert "altered" in done.stderr and done.stdout == ""
+
+
 def test_all_platforms_of_a_directory(
     pushed: dict[str, str], written: Tool, tmp_path: Path
 ) -> None:

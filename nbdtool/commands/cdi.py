@@ -127,7 +127,8 @@ def _number(image: Image, layer: int) -> int:
     """The layer counted from the first; UsageError if there is none of that number."""
     count = len(image.layers)
     if not -count <= layer < count:
-        raise UsageError(f"layer={layer}: the image has {count} layers, 0 to {count - 1}")
+        those = f"{count} layers, 0 to {count - 1}" if count else "no layers"
+        raise UsageError(f"layer={layer}: the image has {those}")
     return layer % count
 
 

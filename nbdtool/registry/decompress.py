@@ -35,6 +35,11 @@ def open_reader(source: Stream, what: str) -> Reader:
     return peeked
 
 
+def is_compressed(first: bytes) -> bool:
+    """Whether data that begins so is of gzip or zstd."""
+    return first.startswith((_GZIP, *_ZSTD))
+
+
 def compression(media_type: str) -> str:
     """What a layer's media type says of its compression."""
     suffix = media_type.rpartition("+")[2] if "+" in media_type else media_type.rpartition(".")[2]

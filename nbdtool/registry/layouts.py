@@ -168,8 +168,9 @@ class DockerArchive(_Local):
         for diff_id, path in zip(diff_ids, entry["Layers"]):
             if not digest.is_digest(diff_id):
                 raise Error(f"{description}: {diff_id!r} is not a digest")
-            self._paths[diff_id] = path
-            layers.append(_entry(manifest.TAR, diff_id, files.size(path)))
+            packed = _digest(files, path, diff_id)
+            self._paths[packed] = path
+            layers.append(_entry(manifest.TAR, packed, files.size(path)))
         self._config_digest = digest.digest_of(self._config)
         self._document = {
             "schemaVersion": 2,
@@ -204,6 +205,22 @@ class DockerArchive(_Local):
         if descriptor.digest == self._config_digest:
             return io.BytesIO(self._config)
         return self._files.open(self._paths[descriptor.digest])
+
+
+def _digest(files: Files, path: str, diff_id: str) -> str:
+    """The digest of a layer as it is stored, which is hardly ever compressed."""
+    stream = files.open(path)
+    try:
+        data = stream.read(decompress.CHUNK)
+        if not decompress.is_compressed(data):
+            return diff_id
+        made = digest.new_hash("sha256:")
+        while data:
+            made.update(data)
+            data = stream.read(decompress.CHUNK)
+    finally:
+        stream.close()
+    return f"sha256:{made.hexdigest()}"
 
 
 def _is_entry(entry: object) -> bool:
