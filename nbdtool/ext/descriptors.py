@@ -12,21 +12,24 @@ from nbdtool.disk import SpanFile
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
+_DESCRIPTORS = 1 << 17
+
 
 class Recent:
     """The values used last: between `limit` and twice as many; safe with threads.
 
     There are two generations. The younger one becomes the older one when it is full, and what is
-    found in the older one moves to the younger, so that a hit costs one look-up and no lock.
+    found in the older one moves to the younger, so that a hit costs one look-up and no lock: those
+    in a hurry look into `young` first.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._young: dict[int, SpanFile] = {}
+        self.young: dict[int, SpanFile] = {}
         self._old: dict[int, SpanFile] = {}
 
     def get(self, key: int) -> Optional[SpanFile]:
-        value = self._young.get(key)
+        value = self.young.get(key)
         if value is None:
             value = self._old.get(key)
             if value is not None:
@@ -34,9 +37,9 @@ class Recent:
         return value
 
     def put(self, key: int, value: SpanFile) -> SpanFile:
-        if len(self._young) >= self._limit:
-            self._old, self._young = self._young, {}
-        self._young[key] = value
+        if len(self.young) >= self._limit:
+            self._old, self.young = self.young, {}
+        self.young[key] = value
         return value
 
 
@@ -65,10 +68,14 @@ def open_file(name: bytes, directory: Optional[int]) -> int:
 
 
 def raise_descriptor_limit() -> int:
-    """Allow as many descriptors as this process may have; return how many those are."""
+    """Allow this process more descriptors, as many as it may have; return how many those are."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < _DESCRIPTORS:
+        with contextlib.suppress(OSError, ValueError):  # for root alone
+            resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, _DESCRIPTORS))
+            return _DESCRIPTORS
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard if hard != resource.RLIM_INFINITY else 1 << 20

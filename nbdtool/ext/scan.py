@@ -86,10 +86,8 @@ class HostTree:
             root = os.open(path, OPEN_DIRECTORY & ~os.O_NOFOLLOW)
         except OSError as error:
             raise Error(f"{path}: {_reason(error)}") from None
-        limit = raise_descriptor_limit()
         self._root = SpanFile(root, path)
-        self._directories: Recent = Recent(max(4, min(limit // 16, 1024)))
-        self._files: Recent = Recent(max(4, min(limit // 4, 8192)))
+        self._directories = Recent(max(4, min(raise_descriptor_limit() // 16, 1024)))
         self._stamps: dict[int, int] = {}  # by inode number: where in the next two
         self._identities = array("Q")  # device, inode
         self._changes = array("q")  # mtime, ctime, each in two words: the last days have 65 bits
@@ -261,13 +259,6 @@ class HostTree:
                 self._foreign_xattrs.add(name)
         self._tree.set_xattrs(ino, found)
 
-    def open(self, ino: int) -> SpanFile:
-        """A file of the tree, if it is still what was scanned; OSError (EIO) naming it if not."""
-        file = self._files.get(ino)
-        if file is None:
-            file = self._files.put(ino, self._open(ino))
-        return file
-
     def verify_access(self) -> list[str]:
         """The files that can't be opened any more, each with the reason."""
         if _identity() == self._reader:
@@ -280,7 +271,8 @@ class HostTree:
                 failures.append(str(error.strerror))
         return failures
 
-    def _open(self, ino: int) -> SpanFile:
+    def open(self, ino: int) -> SpanFile:
+        """Open a file of the tree, if it is still what was scanned; OSError (EIO) names it."""
         tree = self._tree
         at = self._stamps[ino]
         device, inode = self._identities[at : at + 2]

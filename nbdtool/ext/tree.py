@@ -13,6 +13,7 @@ from typing import Any, Optional, Protocol
 
 from nbdtool.disk import SpanFile
 from nbdtool.errors import Error
+from nbdtool.ext.descriptors import Recent, raise_descriptor_limit
 from nbdtool.ext.structures import (
     EMPTY_EXTENTS,
     EXTENTS_FL,
@@ -298,10 +299,17 @@ class Contents:
         self.ends = tree.ends
         self._origin_of = tree.origin_of
         self._origins = origins
+        self._recent = Recent(max(4, min(raise_descriptor_limit() // 4, 1 << 15)))
 
     def open(self, ino: int) -> SpanFile:
         """The file that holds the content of inode `ino`; OSError names it."""
-        return self._origins[self._origin_of[ino]].open(ino)
+        return self._recent.young.get(ino) or self._open(ino)
+
+    def _open(self, ino: int) -> SpanFile:
+        file = self._recent.get(ino)
+        if file is None:
+            file = self._recent.put(ino, self._origins[self._origin_of[ino]].open(ino))
+        return file
 
     def verify_access(self) -> list[str]:
         """The files that can't be opened any more, each with the reason."""
