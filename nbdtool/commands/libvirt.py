@@ -25,6 +25,8 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     )
     add("--connect", metavar="URI", default="", help="the hypervisor (libvirt's default)")
     add("--method", choices=_METHODS, default="auto", help="how the disk is read (auto)")
+    add_flag(parser, "--list", help="print the guests and their disks, and exit")
+    add_flag(parser, "--json", help="with --list, as JSON")
     add(
         "--scratch-dir",
         metavar="DIR",
@@ -70,6 +72,8 @@ def open(args: argparse.Namespace) -> dict[str, Disk]:
 
     if args.domain is None:
         raise UsageError("which guest? Give its name: nbdtool libvirt DOMAIN (--list shows all)")
+    if args.json:
+        raise UsageError("--json goes with --list")
     link = Link(
         args.connect,
         read_only=args.method == "local",
@@ -84,3 +88,15 @@ def open(args: argparse.Namespace) -> dict[str, Disk]:
     except BaseException:
         link.close()
         raise
+
+
+def listing(args: argparse.Namespace) -> str:
+    """What --list prints; raises Error or OSError."""
+    from nbdtool.disks.libvirt.link import Link
+    from nbdtool.disks.libvirt.listing import listing
+
+    link = Link(args.connect, read_only=True, password_file=args.password_file, reconnect=0)
+    try:
+        return listing(link, args.domain, as_json=args.json)
+    finally:
+        link.close()
