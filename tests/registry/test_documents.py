@@ -10,6 +10,7 @@ from typing import Any, Callable
 
 import pytest
 
+from nbdtool import zstd
 from nbdtool.errors import Error
 from nbdtool.registry import contents, decompress, fetch, finder, manifest, sources
 from nbdtool.registry.manifest import Platform
@@ -198,6 +199,28 @@ def packed(layout: rig.Layout, data: bytes, unpacked: bytes) -> rig.Layout:
 def test_gzip_of_several_members(layout: rig.Layout) -> None:
     data = b"".join(gzip.compress(TAR[at : at + 700]) for at in range(0, len(TAR), 700))
     assert disk(packed(layout, data, TAR)) == b"disk" * 1000
+
+
+@pytest.mark.parametrize("module", ["backports.zstd", "zstandard", "library", "program"])
+def test_zstd_of_several_frames(
+    module: str, layout: rig.Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backends = {
+        "backports.zstd": lambda: zstd._python("backports.zstd"),
+        "zstandard": zstd._zstandard,
+        "library": zstd._library,
+        "program": zstd._program,
+    }
+    monkeypatch.setattr(zstd, "_BACKENDS", (backends[module],))
+    zstd._find.cache_clear()
+    try:
+        ends = [0, 100, 700, 2000, len(TAR)]
+        pieces = [TAR[start:end] for start, end in zip(ends, ends[1:])]
+        data = b"".join(rig.compress(piece, "zstd") for piece in pieces)
+        data += b"\x50\x2a\x4d\x18" + bytes((9, 0, 0, 0)) + b"skippable"
+        assert disk(packed(layout, data, TAR)) == b"disk" * 1000
+    finally:
+        zstd._find.cache_clear()
 
 
 @pytest.mark.parametrize(
