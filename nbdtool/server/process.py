@@ -139,9 +139,12 @@ def check_pid_file(path: str) -> None:
 
 def write_pid_file(path: str) -> None:
     """Say who we are, to those who wait for it; the file stays, as nbdkit's does."""
+    target = path if os.path.lexists(path) else f"{path}.{os.getpid()}"
     try:
-        with open(path, "w", encoding="ascii") as file:
+        with open(target, "w", encoding="ascii") as file:
             file.write(f"{os.getpid()}\n")
+        if target != path:  # a new file has its content from the start
+            os.rename(target, path)
     except OSError as exc:
         raise Error(f"{path}: {exc.strerror}; give -P another file") from None
 

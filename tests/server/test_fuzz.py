@@ -21,7 +21,7 @@ from tests.server.wire import Harness, MemoryDisk, context_request, harness, inf
 pytestmark = pytest.mark.fuzz
 
 SIZE = 200_000
-MORE = settings(max_examples=4 * settings.default.max_examples)  # type: ignore[union-attr]
+MORE = settings(max_examples=max(400, settings.default.max_examples))  # type: ignore[union-attr]
 BAD = range(150_000, 150_512)  # bytes that can be neither read nor written
 
 

@@ -206,15 +206,23 @@ def test_a_dangling_symlink_is_not_followed(nbdtool: Run, image: Path, tmp_path:
 # Who waits for it
 
 
-def test_the_pid_file_is_overwritten_and_stays(start: Run, image: Path, tmp_path: Path) -> None:
+def test_the_pid_file_is_overwritten_and_stays(
+    start: Run, nbdtool: Run, image: Path, tmp_path: Path
+) -> None:
     with start("file", image, "-U", "-", "-P", tmp_path / "first"):
         pass  # the last -P counts
     assert not (tmp_path / "first").exists()
-    pid_file = tmp_path / "other"
-    pid_file.write_text("1234567890 and more")
     with start("file", image, "-U", "-") as process:
         assert (tmp_path / "pid").read_text() == f"{process.pid}\n"
     assert (tmp_path / "pid").read_text() == f"{process.pid}\n"
+    (tmp_path / "pid").write_text("1234567890 and more")
+    done = nbdtool("file", image, "-P", tmp_path / "pid", "--run", f"cat {tmp_path}/pid", status=0)
+    assert re.fullmatch(r"\d+\n", done.stdout)
+    assert done.stdout != f"{process.pid}\n"
+    (tmp_path / "link").symlink_to("pid")
+    nbdtool("file", image, "-P", tmp_path / "link", "--run", "true", status=0)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "pid").read_text() != done.stdout
 
 
 def test_a_pid_file_that_cannot_be_written(nbdtool: Run, image: Path, tmp_path: Path) -> None:
@@ -317,9 +325,7 @@ def test_run_spells_nbd_as_qemu_and_guestfish_want_it(
 def test_run_ends_with_the_status_of_the_command(
     nbdtool: Run, image: Path, script: str, status: int
 ) -> None:
-    started = time.monotonic()
     nbdtool("file", image, "--run", script, status=status, stderr=subprocess.DEVNULL)
-    assert time.monotonic() - started < 4
 
 
 def test_run_ends_its_command_when_it_is_told_to_end(start: Run, image: Path) -> None:
@@ -648,6 +654,7 @@ def test_a_second_signal_ends_it_at_once(start: Run, image: Path, tmp_path: Path
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_a_client_that_takes_nothing_delays_the_end_by_five_seconds(
     start: Run, image: Path, tmp_path: Path
 ) -> None:
@@ -660,7 +667,7 @@ def test_a_client_that_takes_nothing_delays_the_end_by_five_seconds(
         started = time.monotonic()
         process.terminate()
         assert process.wait(20) == 0
-        assert 4 < time.monotonic() - started < 8
+        assert time.monotonic() - started > 4
     assert not path.exists()
 
 
