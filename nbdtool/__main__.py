@@ -85,7 +85,7 @@ def _run(argv: list[str]) -> int:
     if getattr(args, "list", False):
         print(cli.command_module(command).listing(args), end="")
         return 0
-    for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, _interrupted)
     if args.to_file is not None:
         return _write(command, args)

@@ -111,7 +111,7 @@ class HostTree:
                 st.st_mode, st.st_uid, st.st_gid, st.st_atime_ns, st.st_ctime_ns, st.st_mtime_ns
             )
             try:
-                self._read_attributes(ROOT, self._root.fd, os.listxattr(self._root.fd))
+                self._read_attributes(ROOT, self._root.fd, _attributes(self._root.fd))
             except OSError as error:
                 self.unreadable.append(f"{self.path}: {_reason(error)}")
             pending = [ROOT]
@@ -137,7 +137,6 @@ class HostTree:
         number = self._number
         lstat = os.lstat
         changes = self._changes
-        listxattr = os.listxattr
         # who isn't root finds out now, not when a client reads
         check = os.geteuid() != 0
         directories: list[int] = []
@@ -176,7 +175,7 @@ class HostTree:
                 else:
                     size = 0
                 mtime, ctime = st.st_mtime_ns, st.st_ctime_ns
-                attributes = listxattr(name, follow_symlinks=False)
+                attributes = _attributes(name, follow_symlinks=False)
                 ino = add(
                     parent,
                     name,
@@ -333,6 +332,16 @@ class _TreeFile(SpanFile):
 def _shown_path(root: str, path: bytes) -> str:
     text = os.fsdecode(os.path.join(os.fsencode(root), path) if path else root)
     return text if text.isprintable() else ascii(text)
+
+
+def _attributes(file: Union[int, bytes], *, follow_symlinks: bool = True) -> list[str]:
+    """The names of a file's extended attributes; none where the filesystem has no such thing."""
+    try:
+        return os.listxattr(file, follow_symlinks=follow_symlinks)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return []
 
 
 def _reason(error: Exception) -> str:

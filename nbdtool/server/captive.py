@@ -39,11 +39,8 @@ def spelling(command: str, place: Place, export: str, uri: str) -> str:
         if _GUESTFISH.fullmatch(name):
             if place.path is None:
                 return uri
-            return (
-                f"nbd:///{quote(export)}?socket={place.path}"
-                if export
-                else (f"nbd://?socket={place.path}")
-            )
+            start = f"nbd:///{quote(export)}" if export else "nbd://"
+            return f"{start}?socket={quote(os.fsencode(place.path))}"
         if _QEMU.fullmatch(name):
             suffix = f":exportname={export}" if export else ""
             if place.path is None:

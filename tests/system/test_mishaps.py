@@ -89,6 +89,24 @@ def test_few_descriptors(
     assert not list((tmp_path / "temporary").iterdir())
 
 
+def test_a_tree_of_more_files_than_descriptors(
+    nbdtool: Run, run: Run, tmp_path: Path, partition: Run, mount: Run
+) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+    tree, image = tmp_path / "tree", tmp_path / "image"
+    tree.mkdir()
+    for n in range(3000):
+        (tree / f"{n}").write_bytes(b"%d" % n * 500)
+    nbdtool("linuxdisk", tree, "--to-file", image, status=0, preexec_fn=limit)
+    with mount(image, *partition(image)) as mounted:
+        run("diff", "-r", "--exclude=lost+found", tree, mounted)
+    script = "nbdcopy --request-size=33554432 $uri null:"
+    done = nbdtool("linuxdisk", tree, "--run", script, status=0, preexec_fn=limit)
+    assert done.stderr == ""
+
+
 def test_bytes_that_are_not_utf_8_are_shown_as_bytes(nbdtool: Run) -> None:
     done = nbdtool("file", os.fsdecode(b"no\xff\n\x1b[31m"), status=1)
     assert one_line(done.stderr).startswith(r"nbdtool: error: no\xff\n\x1b[31m: No such file")
