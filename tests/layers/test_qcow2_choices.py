@@ -88,8 +88,8 @@ def parsed(*words: str) -> argparse.Namespace:
 
 
 class TestBackingFiles:
-    @pytest.fixture
-    def chain(self, tmp_path: Path, create: Any, write: Any, run: Any) -> list[str]:
+    @pytest.fixture(params=["extended_l2=on", "cluster_size=4k"])
+    def chain(self, tmp_path: Path, write: Any, run: Any, request: Any) -> list[str]:
         """A raw disk, shorter than the two images over it."""
         base = tmp_path / "base.raw"
         base.write_bytes(b"base" * 50000)
@@ -97,7 +97,7 @@ class TestBackingFiles:
         for name, form in ("middle", "raw"), ("top", "qcow2"):
             path = tmp_path / name
             words = ["-b", paths[-1], "-F", form, path, "500k"]
-            run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "extended_l2=on", *words)
+            run("qemu-img", "create", "-q", "-f", "qcow2", "-o", request.param, *words)
             paths.append(str(path))
         write(Path(paths[1]), "write -P 1 64k 10k", "write -z 100k 10k", "write -P 1 300k 2k")
         write(Path(paths[2]), "write -P 2 66k 2k", "write -z 150k 4k", "write -P 2 400k 2k")
