@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bench.programs import NBDTOOL, fio, random_file, run, seconds, serving, uri
 from bench.race import RATE, SECONDS, Race, faster, row
@@ -17,7 +18,7 @@ GIB = 1 << 30
 @contextlib.contextmanager
 def reading(directory: Path, image: Path) -> Iterator[dict[str, str]]:
     """nbdtool and qemu-nbd serve what is in the image; their URIs by name."""
-    commands = {
+    commands: dict[str, list[Any]] = {
         "nbdtool": [NBDTOOL, "file", image, "--qcow2", "-r", "-U"],
         "qemu-nbd": ["qemu-nbd", "-r", "-t", "-e", "16", "-f", "qcow2", image, "-k"],
     }
