@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.libvirt.conftest import MIB, Rig, disk
+from tests.libvirt.rig import Rig, disk
 
 pytestmark = pytest.mark.slow
+
+MIB = 1 << 20
 
 
 def test_table_and_json(rig: Rig, raw_image: Path, chain: list[Path], nbdtool: Any) -> None:

@@ -16,9 +16,11 @@ from typing import Any, Callable
 import libvirt
 import pytest
 
-from tests.libvirt.conftest import MIB, Rig, disk
+from tests.libvirt.rig import Rig, disk
 
 pytestmark = pytest.mark.slow
+
+MIB = 1 << 20
 
 DISK = "/machine/peripheral/virtio-disk0/virtio-backend"
 

@@ -11,9 +11,11 @@ from typing import Any, Callable
 
 import pytest
 
-from tests.libvirt.conftest import MIB, Rig, backing, disk
+from tests.libvirt.rig import Rig, backing, disk
 
 pytestmark = pytest.mark.slow
+
+MIB = 1 << 20
 
 
 @pytest.fixture
