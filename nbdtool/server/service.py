@@ -137,7 +137,10 @@ class Service:
             for connection in self._snapshot():
                 connection.shut_idle()
             time.sleep(0.01)
-        for connection in self._snapshot():
+        late = self._snapshot()
+        if late:
+            self.warn(f"cut {len(late)} connection(s) off: their requests took too long")
+        for connection in late:
             connection.stream.shut()
         for connection in self._snapshot():
             if connection.thread is not None:
