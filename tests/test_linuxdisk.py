@@ -132,10 +132,10 @@ def test_hard_links_across_directories(tree: Path, check: Callable[..., Path]) -
 
 
 def test_many_entries(tree: Path, check: Callable[..., Path], kind: str) -> None:
-    """A directory of 20,000 entries, and 5,000 empty files, which need inodes and no blocks."""
+    """A directory of 50,000 entries, and 5,000 empty files, which need inodes and no blocks."""
     (tree / "many").mkdir()
     (tree / "empty").mkdir()
-    for number in range(20_000):
+    for number in range(50_000):
         os.symlink("x", tree / "many" / f"entry {number}")
     for number in range(5_000):
         (tree / "empty" / str(number)).touch()

@@ -25,6 +25,7 @@ SUMMARY = "serve a directory as a disk with a Linux filesystem"
 MAGIC = "dir"
 
 _LABEL_BYTES = 16
+_MAX_SOURCES = 255
 _SECOND = 1_000_000_000  # in nanoseconds
 
 
@@ -130,6 +131,8 @@ def open(args: argparse.Namespace) -> dict[str, Disk]:
         raise UsageError(f"--block-size={args.block_size}: choose 1024, 2048 or 4096")
     if args.no_journal and args.type == "ext2":
         warn("--no-journal: ext2 has none anyway")
+    if len(args.dir) > _MAX_SOURCES:
+        raise UsageError(f"{len(args.dir)} sources are more than {_MAX_SOURCES}")
     if args.all_root and args.chown:
         raise UsageError("--all-root and --chown: choose one")
     _part_type(args.part_type)

@@ -28,6 +28,7 @@ from nbdtool.ext.tree import Tree
 from nbdtool.ext.xattr import attribute
 
 _LOW = 0xFFFFFFFF
+_MAX_NAME = 255  # bytes; filesystems that count letters have longer ones
 # what the kernel makes up: none of it belongs on a disk
 _PSEUDO_FILESYSTEMS = frozenset(
     [
@@ -147,6 +148,9 @@ class HostTree:
             self.unreadable.append(f"{self._shown(parent)}: {_reason(error)}")
             return directories
         names.sort()
+        for name in [name for name in names if len(name) > _MAX_NAME]:
+            self.unreadable.append(f"{self._shown(parent, name)}: the name is too long for ext")
+            names.remove(name)
         if self._excluded:
             prefix = tree.path(parent)
             prefix = prefix + b"/" if prefix else b""
