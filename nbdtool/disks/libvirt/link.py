@@ -201,8 +201,8 @@ class _Answers:
         for credential in credentials:
             kind, prompt = credential[0], str(credential[1] or "password")
             answer = self._known.get((kind, prompt))
-            if answer is None and kind in hidden:
-                answer = self._password
+            if answer is None:
+                answer = self._password if kind in hidden else credential[3]
             if answer is None:
                 answer = _ask(prompt, hidden=kind in hidden)
             if answer is None:
@@ -215,13 +215,14 @@ class _Answers:
 def _ask(prompt: str, *, hidden: bool) -> Optional[str]:
     """The answer of whoever sits at the terminal; None if nobody does."""
     import getpass
+    import io
 
     try:
-        with open(os.ctermid(), "r+") as terminal:
+        fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+        with io.TextIOWrapper(io.FileIO(fd, "w+"), write_through=True) as terminal:
             if hidden:
                 return getpass.getpass(f"{prompt}: ", terminal)
             terminal.write(f"{prompt}: ")
-            terminal.flush()
             return terminal.readline().rstrip("\n")
     except (OSError, EOFError):
         return None
