@@ -333,3 +333,9 @@ def skopeo(*words: Any) -> None:
 
 def left_behind(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir())
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path

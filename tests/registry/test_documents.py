@@ -20,19 +20,12 @@ from tests.registry import rig
 MIB = 1 << 20
 TAR = rig.tar(("disk/vm", b"disk" * 1000))
 GIB = 1 << 30
+pytestmark = pytest.mark.usefixtures("own_files", "temporary")
 
 
 @pytest.fixture
 def layout(tmp_path: Path) -> rig.Layout:
     return rig.Layout(tmp_path / "oci")
-
-
-@pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
-    return folder
 
 
 def opened(layout: rig.Layout, platform: str = "linux/amd64") -> Any:

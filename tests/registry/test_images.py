@@ -1,12 +1,8 @@
-"""nbdtool cdi against a real registry, and each other place that an image can be in."""
+"""Which bytes come of an image, and each place that an image can be in."""
 
 from __future__ import annotations
 
 import json
-import random
-import shutil
-import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
@@ -16,41 +12,7 @@ from tests.registry import rig
 
 MIB = 1 << 20
 Tool = Callable[..., Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No login, certificate or configuration of this machine's user is seen."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-        for name in "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "REGISTRY_AUTH_FILE", "DOCKER_CONFIG":
-            patch.delenv(name, raising=False)
-        yield
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A registry of plain HTTP."""
-    with rig.registry(tmp_path_factory.mktemp("registry")) as host:
-        yield host
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory, run: Tool) -> Path:
-    """A raw disk with a filesystem and some holes."""
-    folder = tmp_path_factory.mktemp("raw")
-    (folder / "tree").mkdir()
-    (folder / "tree/noise").write_bytes(random.Random(1).randbytes(3 * MIB))
-    disk = folder / "disk.raw"
-    run("mke2fs", "-q", "-F", "-t", "ext4", "-d", folder / "tree", disk, "16M")
-    return disk
-
-
-@pytest.fixture(scope="module")
-def qcow2(raw: Path, run: Tool) -> Path:
-    target = raw.with_suffix(".qcow2")
-    run("qemu-img", "convert", "-O", "qcow2", raw, target)
-    return target
+pytestmark = pytest.mark.usefixtures("own_files")
 
 
 @pytest.fixture(scope="module")
@@ -79,29 +41,6 @@ def pushed(
     names["docker"] = f"{host}/k/docker:v1"
     rig.skopeo("--format", "v2s2", f"docker://{names['gzip']}", f"docker://{names['docker']}")
     return names
-
-
-@pytest.fixture(scope="module")
-def cdi(nbdtool: Tool) -> Tool:
-    """cdi(name, ...) -> the CompletedProcess, of an image in a registry without TLS."""
-
-    def cdi(name: str, *args: Any, **kwargs: Any) -> Any:
-        return nbdtool("cdi", name, "--tls-verify=false", *args, **kwargs)
-
-    return cdi
-
-
-@pytest.fixture
-def written(cdi: Tool, tmp_path: Path) -> Callable[..., bytes]:
-    """The bytes that --to-file writes."""
-
-    def written(name: str, *args: Any, **kwargs: Any) -> bytes:
-        target = tmp_path / "written"
-        target.unlink(missing_ok=True)
-        cdi(name, *args, "--to-file", target, status=0, **kwargs)
-        return target.read_bytes()
-
-    return written
 
 
 # Which bytes
@@ -195,6 +134,23 @@ def test_list(pushed: dict[str, str], cdi: Tool) -> None:
     ]
     assert content["layers"][2]["files"] == [{"name": "usr/bin/x", "type": "file", "size": 5000}]
     assert content["platform"] == "linux/amd64"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--find-disk", "layer=0"),
+        ("--raw",),
+        ("--json",),
+        ("--platform=linux",),
+        ("--retry=x",),
+        ("--creds=ann",),
+    ],
+)
+def test_wrong_usage(words: tuple[str, ...], pushed: dict[str, str], cdi: Tool) -> None:
+    done = cdi(pushed["gzip"], *words, "--to-file", "-")
+    assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
 
 
 # Where images are
@@ -307,140 +263,3 @@ def test_one_of_several_images(raw: Path, written: Tool, cdi: Tool, tmp_path: Pa
 def test_bad_names(name: str, said: str, nbdtool: Tool) -> None:
     done = nbdtool("cdi", name, "--retry=0", "--to-file", "-")
     assert done.returncode in (1, 2) and said in done.stderr and done.stdout == ""
-
-
-# Which file is the disk
-
-
-def layered(tmp_path: Path, *layers: bytes) -> str:
-    layout = rig.Layout(tmp_path / "layered")
-    layout.image(*layers, tag="v1")
-    return f"oci:{layout.path}"
-
-
-def directory(name: str) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type = tarfile.DIRTYPE
-    return info
-
-
-def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info
-
-
-OLD = rig.tar(("disk/old", b"old"))
-
-
-@pytest.mark.parametrize(
-    ("layers", "expected"),
-    [
-        ((OLD, rig.tar(("disk/new", b"new"))), b"new"),
-        ((OLD, rig.tar(("etc/x", b"x")), rig.tar(("disk2/x", b"x"))), b"old"),
-        ((rig.tar(("disk/a", b"a")), OLD, rig.tar(("disk/.wh.old", b""))), b"a"),
-        ((rig.tar(("disk/old", b"1")), rig.tar(("./disk/old", b"2"))), b"2"),
-        ((rig.tar(("disk/a", b"1"), ("/disk/a", b"22"), ("x", b"y")),), b"22"),
-        (
-            (rig.tar(("disk/a", b"x" * 200_000), ("disk/a", bytes(150_000) + b"y")),),
-            bytes(150_000) + b"y",
-        ),
-        ((rig.tar(directory("disk/"), ("disk/deep/er/a", b"deep")),), b"deep"),
-        ((rig.tar(("images/a", b"hard"), link("disk/a", "images/a", tarfile.LNKTYPE)),), b"hard"),
-        (
-            (rig.tar(("disk/a", b"a"), link("disk/a", "x", tarfile.SYMTYPE), ("disk/b", b"b")),),
-            b"b",
-        ),
-        ((rig.tar(("disk/../etc/passwd", b"x"), ("disk/a", b"a")),), b"a"),
-    ],
-    ids=[
-        "topmost",
-        "lower",
-        "whiteout",
-        "replaced",
-        "appended",
-        "zeroed",
-        "deep",
-        "hard",
-        "over",
-        "dots",
-    ],
-)
-def test_which_file_is_the_disk(
-    layers: tuple[bytes, ...], expected: bytes, written: Tool, tmp_path: Path
-) -> None:
-    assert written(layered(tmp_path, *layers), "--find-disk") == expected
-
-
-@pytest.mark.parametrize(
-    "upper",
-    [
-        rig.tar(("disk/.wh.old", b"")),
-        rig.tar(("disk/.wh..wh..opq", b"")),
-        rig.tar(("./.wh.disk", b"")),
-        rig.tar((".wh..wh..opq", b"")),
-        rig.tar(link("disk", "elsewhere", tarfile.SYMTYPE)),
-        rig.tar(link("disk/old", "elsewhere", tarfile.SYMTYPE)),
-        rig.tar(directory("disk/old/")),
-    ],
-    ids=["file", "opaque", "folder", "root", "link", "file-link", "directory"],
-)
-def test_hidden_disk_is_not_found(upper: bytes, cdi: Tool, tmp_path: Path) -> None:
-    done = cdi(layered(tmp_path, OLD, upper), "--find-disk", "--to-file", "-", status=1)
-    assert "no file below disk/" in done.stderr and "--list" in done.stderr
-
-
-def test_several_disks_are_listed(cdi: Tool, tmp_path: Path) -> None:
-    name = layered(tmp_path, rig.tar(("disk/b", b"b"), ("disk/a", b"a")))
-    done = cdi(name, "--find-disk", "--to-file", "-", status=1)
-    assert "disk/a, disk/b" in done.stderr and done.stdout == ""
-
-
-def test_sparse_member_is_expanded(raw: Path, written: Tool, run: Tool, tmp_path: Path) -> None:
-    (tmp_path / "disk").mkdir()
-    shutil.copy(raw, tmp_path / "disk/vm.raw")
-    run("fallocate", "--dig-holes", tmp_path / "disk/vm.raw")
-    for form in "gnu", "posix":
-        archive = tmp_path / "layer.tar"
-        run("tar", "-C", tmp_path, f"--format={form}", "--sparse", "-cf", archive, "disk")
-        assert archive.stat().st_size < 8 * MIB
-        (tmp_path / form).mkdir()
-        name = layered(tmp_path / form, archive.read_bytes())
-        assert written(name, "--find-disk") == raw.read_bytes()
-
-
-@pytest.mark.parametrize(("start", "word"), [(b"KDMV", "VMDK"), (b"\x1f\x8b\x08", "gzip")])
-def test_other_formats_are_not_taken_for_raw(
-    start: bytes, word: str, cdi: Tool, written: Tool, tmp_path: Path
-) -> None:
-    data = start + bytes(1000)
-    name = layered(tmp_path, rig.tar(("disk/x", data)))
-    assert word in cdi(name, "--find-disk", "--to-file", "-", status=1).stderr
-    assert written(name, "--find-disk", "--raw") == data
-
-
-def test_qcow2_that_names_a_host_file_is_refused(
-    cdi: Tool, raw: Path, run: Tool, tmp_path: Path
-) -> None:
-    overlay = tmp_path / "overlay"
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", raw, "-F", "raw", overlay)
-    name = layered(tmp_path, rig.tar(("disk/x", overlay.read_bytes())))
-    done = cdi(name, "--find-disk", "--to-file", "-", status=1)
-    assert "backing file" in done.stderr and done.stdout == ""
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("--find-disk", "layer=0"),
-        ("--raw",),
-        ("--json",),
-        ("--platform=linux",),
-        ("--retry=x",),
-        ("--creds=ann",),
-    ],
-)
-def test_wrong_usage(words: tuple[str, ...], pushed: dict[str, str], cdi: Tool) -> None:
-    done = cdi(pushed["gzip"], *words, "--to-file", "-")
-    assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1
-    assert done.stdout == ""
