@@ -15,6 +15,7 @@ from nbdtool.disk import (
     DATA,
     HOLE,
     STATE_ZERO,
+    ZEROES,
     Disk,
     Extent,
     FileSpan,
@@ -148,6 +149,10 @@ def _runs(spans: Iterable[Span]) -> Iterator[Run]:
         elif isinstance(span, ZeroSpan):
             if isinstance(run, ZeroSpan):
                 run = ZeroSpan(run.length + span.length)
+                continue
+            if isinstance(run, list) and run and span.length < _HOLE and len(run) < _PARTS:
+                run.append(ZEROES[: span.length])  # what fills a file's last block up
+                size += span.length
                 continue
         elif isinstance(run, list) and size < _CHUNK and len(run) < _PARTS:
             run.append(span)
