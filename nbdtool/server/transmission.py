@@ -297,7 +297,9 @@ class Transmission:
 
     def _block_status(self, flags: int, cookie: int, offset: int, length: int) -> None:
         most = 1 if flags & p.CMD_FLAG_REQ_ONE else p.MAX_EXTENTS
-        extents = islice(merge_extents(self._disk.extents(offset, length)), most)
+        # Cut before the merge, too: a hostile image can have equal extents without end.
+        known = islice(self._disk.extents(offset, length), p.MAX_EXTENTS)
+        extents = islice(merge_extents(known), most)
         with self._budget.take(min(length // 32, 16 * most), self._replies.send):
             values = array("Q" if self._extended else "I")
             for extent in extents:
