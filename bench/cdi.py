@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gzip
 import hashlib
@@ -11,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import cache, partial
@@ -92,15 +94,25 @@ def layout(folder: Path, disk: Path) -> None:
     (folder / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
 
 
-@contextlib.contextmanager
-def registry(directory: Path, *options: str) -> Iterator[str]:
-    """A local registry with the image, of a qcow2 that qemu-img makes with the options."""
-    raw, disk = directory / "disk.raw", directory / "disk.qcow2"
+@cache
+def image_layout(parent: Path, *options: str) -> Path:
+    """An OCI layout, made once, with a qcow2 that qemu-img makes with the options."""
+    # Removed when the program ends.
+    kept = tempfile.TemporaryDirectory(prefix="nbdtool-bench-", dir=parent)
+    atexit.register(kept.cleanup)
+    raw, disk = Path(kept.name, "disk.raw"), Path(kept.name, "disk.qcow2")
     filesystem(raw)
     run("qemu-img", "convert", "-O", "qcow2", *options, raw, disk)
     raw.unlink()
-    layout(directory / "layout", disk)
+    layout(Path(kept.name, "layout"), disk)
     disk.unlink()
+    return Path(kept.name, "layout")
+
+
+@contextlib.contextmanager
+def registry(directory: Path, *options: str) -> Iterator[str]:
+    """A local registry with the image, of a qcow2 that qemu-img makes with the options."""
+    source = image_layout(directory.parent, *options)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         host = f"127.0.0.1:{listener.getsockname()[1]}"
     settings = {
@@ -140,9 +152,8 @@ def registry(directory: Path, *options: str) -> Iterator[str]:
                 break
             time.sleep(0.02)
         image = f"{host}/bench/disk:v1"
-        run("skopeo", "copy", "--dest-tls-verify=false", f"oci:{directory}/layout",
+        run("skopeo", "copy", "--dest-tls-verify=false", f"oci:{source}",
             f"docker://{image}")  # fmt: skip
-        shutil.rmtree(directory / "layout")
         yield image
     finally:
         process.terminate()

@@ -13,7 +13,7 @@ from nbdtool import zstd
 from nbdtool.errors import Error
 from nbdtool.registry.digest import Stream
 
-CHUNK = 256 << 10  # bytes
+CHUNK = 512 << 10  # bytes
 
 _GZIP = b"\x1f\x8b"
 _ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes((0x50 + n,)) + b"\x2a\x4d\x18" for n in range(16)))

@@ -17,7 +17,7 @@ from nbdtool.registry.digest import Stream, Verified
 from nbdtool.registry.manifest import Image, Source
 from nbdtool.registry.spool import Spool
 
-_AHEAD = 8  # pieces
+_AHEAD = 4  # pieces
 
 
 class Ahead:
