@@ -74,7 +74,11 @@ def test_archive_holds_modules_and_licences_and_nothing_of_the_build(zipapp: Pat
     names = [info.filename for info in infos]
     assert names == sorted(names)
     assert {"__main__.py", "nbdtool/__main__.py", "nbdtool/disk.py"} <= set(names)
-    assert all(name.endswith((".py", "/LICENSE")) for name in names)
+    assert all(name.endswith((".py", ".pyc", "/LICENSE")) for name in names)
+    ours = {name for name in names if name.startswith("nbdtool/")}
+    assert {name for name in ours if name.endswith(".pyc")} == {
+        name + "c" for name in ours if name.endswith(".py")
+    }
     lines = (ROOT / "tools/carried.txt").read_text().splitlines()
     carried = {line.partition("==")[0] for line in lines if not line.startswith("#")}
     packages = {name.partition("/")[0] for name in names if name.endswith(".py") and "/" in name}
