@@ -32,9 +32,11 @@ class Ahead(Generic[Item]):
         return not here and self._bytes + length <= self._limit
 
     def add(self, offset: int, length: int, item: Item) -> None:
+        key = (threading.get_ident(), offset, length)
         with self._lock:
-            self._items[threading.get_ident(), offset, length] = (time.monotonic(), item)
-            self._bytes += length
+            if key not in self._items:
+                self._bytes += length
+            self._items[key] = (time.monotonic(), item)
 
     def take(self, offset: int, length: int) -> Optional[Item]:
         """What this thread announced of exactly this range, once."""

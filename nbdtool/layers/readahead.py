@@ -11,9 +11,8 @@ from typing import NamedTuple, Optional
 from nbdtool.disk import Disk, Extent, FileSpan, Span, ZeroSpan, span_length
 from nbdtool.disks.ahead import Ahead
 
-_PIECE = 1 << 20  # bytes of the disk that are read at once, where they are read ahead
-_WINDOW = 8  # pieces that are read ahead of a client
-_PIECES = 32  # pieces that are kept
+_WINDOW = 8 << 20  # bytes that are read ahead of a client, at most
+_KEPT = 32 << 20  # bytes that are kept
 _STREAMS = 32  # sequential readers that are told apart
 _SEQUENTIAL = 2  # reads, one behind the other, after which more are expected
 _FRESH = 10.0  # seconds; what waits longer may have become old
@@ -60,20 +59,22 @@ class _Part(NamedTuple):
 
 
 class ReadAhead(Disk):
-    """`disk`, read by as many threads as its `workers`, at least, are worth.
+    """`disk`, read by `workers` threads beside those of the callers, `piece` bytes at a time.
 
     Reads that a client announces, or that follow one another, are started before they are asked
     for. What was read ahead is given once it is asked for, up to 10 s later.
     """
 
-    def __init__(self, disk: Disk, workers: int = 4) -> None:
+    def __init__(self, disk: Disk, workers: int = 4, piece: int = 1 << 20) -> None:
         self.size, self.description, self.block_size = disk.size, disk.description, disk.block_size
         self.writable, self.multi_conn = disk.writable, disk.multi_conn
         self.can_trim, self.can_fast_zero = disk.can_trim, disk.can_fast_zero
         self._disk = disk
         self._announced: Ahead[list[_Part]] = Ahead()
+        self._piece = piece
         self._pieces: dict[int, _Job] = {}  # by their number on the disk
-        self._streams: dict[int, int] = {}  # where each reader goes on: reads that it did so far
+        # Where each reader goes on: reads that it did so far, and the first piece not yet started.
+        self._streams: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[Optional[_Job]] = queue.SimpleQueue()
         self._workers = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
@@ -96,7 +97,7 @@ class ReadAhead(Disk):
         for offset, length in ranges:
             if not self._announced.wants(offset, length):
                 continue
-            if offset != end or offset + length - start > _PIECE:
+            if offset != end or offset + length - start > self._piece:
                 self._start(waiting)
                 waiting, start = [], offset
             waiting.append((offset, length))
@@ -109,7 +110,8 @@ class ReadAhead(Disk):
             return
         start, end = ranges[0][0], sum(ranges[-1])
         jobs = [
-            _Job(self._disk, at, min(_PIECE, end - at)) for at in range(start, end, _PIECE)
+            _Job(self._disk, at, min(self._piece, end - at))
+            for at in range(start, end, self._piece)
         ]  # more than one for one large range only
         for offset, length in ranges:
             parts = [_Part(jobs[0], offset, length)]
@@ -125,7 +127,7 @@ class ReadAhead(Disk):
         parts = self._announced.take(offset, length)
         if parts is None:
             parts = self._expected(offset, length)
-        if parts is None and length > _PIECE:
+        if parts is None and length > self._piece:
             self._start([(offset, length)])
             parts = self._announced.take(offset, length)
         if parts is None:
@@ -137,18 +139,20 @@ class ReadAhead(Disk):
     def _expected(self, offset: int, length: int) -> Optional[list[_Part]]:
         """The parts of a read among what is read ahead; starts more where a client goes on."""
         end = offset + length
+        piece, pieces, now = self._piece, self._pieces, time.monotonic()
+        first, last = offset // piece, (end - 1) // piece
         with self._lock:
-            count = self._streams.pop(offset, 0) + 1
+            count, started = self._streams.pop(offset, (0, 0))
             if len(self._streams) >= _STREAMS:
                 del self._streams[next(iter(self._streams))]
-            self._streams[end] = count
-            first, last = offset // _PIECE, (end - 1) // _PIECE
-            now = time.monotonic()
-            if count > _SEQUENTIAL:
-                stop = min(last + min(count, _WINDOW), (self.size - 1) // _PIECE)
-                for number in range(first, stop + 1):
+            if count >= _SEQUENTIAL:
+                ahead = min(1 << min(count, 30), _WINDOW // piece)
+                stop = min(last + ahead, (self.size - 1) // piece) + 1
+                for number in range(max(started, first), stop):
                     self._fetch(number, now)
-            jobs = [self._pieces.get(number) for number in range(first, last + 1)]
+                started = stop
+            self._streams[end] = (count + 1, started)
+            jobs = [pieces.get(number) for number in range(first, last + 1)]
         parts = []
         for job in jobs:
             if job is None or now - job.since > _FRESH or job.error is not None:
@@ -162,10 +166,10 @@ class ReadAhead(Disk):
         if job is not None and now - job.since <= _FRESH and job.error is None:
             return
         self._pieces.pop(number, None)
-        if len(self._pieces) >= _PIECES:
+        if len(self._pieces) >= _KEPT // self._piece:
             del self._pieces[next(iter(self._pieces))]
-        at = number * _PIECE
-        job = self._pieces[number] = _Job(self._disk, at, min(_PIECE, self.size - at))
+        at = number * self._piece
+        job = self._pieces[number] = _Job(self._disk, at, min(self._piece, self.size - at))
         self._queue.put(job)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
@@ -176,7 +180,7 @@ class ReadAhead(Disk):
     def _forget(self, offset: int, length: int) -> None:
         self._announced.forget(offset, length)
         with self._lock:
-            for number in range(offset // _PIECE, (offset + length - 1) // _PIECE + 1):
+            for number in range(offset // self._piece, (offset + length - 1) // self._piece + 1):
                 self._pieces.pop(number, None)
 
     def write(self, offset: int, data: memoryview) -> None:

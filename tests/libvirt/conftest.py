@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
-import libvirt
 import pytest
 
 from tests.libvirt.rig import Rig, backing
@@ -20,7 +19,6 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="session")
 def rig() -> Iterator[Rig]:
-    libvirt.registerErrorHandler(lambda *_: None, None)
     directory = Path(tempfile.mkdtemp(prefix="nbdtool-libvirt-", dir="/var/tmp"))
     made = Rig(directory)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "none", made.small], check=True)

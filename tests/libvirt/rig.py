@@ -36,12 +36,12 @@ class Rig:
         self._process: subprocess.Popen[bytes] | None = None
         for path in _PRIVATE:
             (directory / "private" / path.replace("/", "-")).mkdir(parents=True)
-        self.images.mkdir()
+        self.images.mkdir(parents=True)
         self.small = directory / "small"  # a filesystem of 4 MiB
         (directory / "sockets").mkdir()
         self.small.mkdir()
-        for path in (directory, directory / "private", self.images):
-            path.chmod(0o755)
+        for folder in (directory, directory / "private", self.images):
+            folder.chmod(0o755)
         (directory / "libvirtd.conf").write_text(
             f'unix_sock_dir = "{directory}/sockets"\nauth_unix_rw = "none"\nauth_unix_ro = "none"\n'
             f'listen_tls = 0\nlisten_tcp = 1\ntcp_port = "{self.port}"\nauth_tcp = "none"\n'
@@ -52,6 +52,7 @@ class Rig:
         )
 
     def start(self) -> None:
+        libvirt.registerErrorHandler(lambda *_: None, None)
         private = self.directory / "private"
         mounts = [
             f"mkdir -p {path} && mount --bind {private / path.replace('/', '-')} {path}"

@@ -61,7 +61,6 @@ class Link:
         self._reconnect = reconnect
         self._lock = threading.Lock()
         self._closed = False
-        self.busy = 0  # calls under way, for those who have several links
         if _needs_events(uri):
             _run_events(self._libvirt)
         try:
@@ -74,7 +73,7 @@ class Link:
         """Another connection to the same place, with the same answers."""
         made = Link.__new__(Link)
         made.__dict__.update(self.__dict__)
-        made._lock, made._read_only, made.busy = threading.Lock(), read_only, 0
+        made._lock, made._read_only = threading.Lock(), read_only
         made._connection = None
         return made
 
@@ -103,12 +102,7 @@ class Link:
         while True:
             connection = None
             try:
-                with self._lock:
-                    if self._closed:
-                        raise Failure("the connection to libvirt was closed", 0)
-                    if self._connection is None:
-                        self._connection = self._open()
-                    connection = self._connection
+                connection = self._connection or self._again()
                 return work(connection)
             except self._libvirt.libvirtError as exc:
                 failure = Failure(exc.get_error_message() or str(exc), exc.get_error_code())
@@ -125,6 +119,14 @@ class Link:
             if attempt:
                 time.sleep(_PAUSES[min(attempt, len(_PAUSES)) - 1])
             attempt += 1
+
+    def _again(self) -> Any:
+        with self._lock:
+            if self._closed:
+                raise Failure("the connection to libvirt was closed", 0)
+            if self._connection is None:
+                self._connection = self._open()
+            return self._connection
 
     def is_local(self) -> bool:
         """Whether the hypervisor runs on this host, and its paths are ours."""

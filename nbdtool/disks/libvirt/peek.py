@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 import time
 from typing import Any
@@ -15,7 +16,11 @@ from nbdtool.errors import Error, debug, warn
 
 CONNECTIONS = 4  # as many as answer at once
 
-_PIECE = 1 << 20  # bytes of one call; every libvirt since 0.9.13 takes them
+# Bytes of one call. Every libvirt since 0.9.13 takes 1 MiB, but then libvirtd spends its time on
+# getting memory from the kernel and giving it back.
+_PIECE = 256 << 10
+_WORKERS = 4
+_REMOTE_WORKERS = 16  # to fill a long link
 _EVERY = 0.25  # seconds between two looks at the guest
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt(3)
 
@@ -38,7 +43,8 @@ class PeekDisk(Disk):
         self._domains: list[tuple[Any, Any]] = [(None, None)] * CONNECTIONS
         self._watch = Watch(link, guest, disk)
         self._seen = time.monotonic()
-        self._lock = threading.Lock()
+        self._mine = threading.local()  # number: the link of this thread
+        self._numbers = itertools.count()
         if self._end:
             self._piece(0, 1)  # whether it can be done
 
@@ -54,17 +60,14 @@ class PeekDisk(Disk):
         here = min(length, self._end - offset)
         if here <= 0:
             return [ZeroSpan(length)]
-        with self._lock:
-            number = min(range(CONNECTIONS), key=lambda n: self._links[n].busy)
-            self._links[number].busy += 1
+        number = getattr(self._mine, "number", None)
+        if number is None:
+            number = self._mine.number = next(self._numbers) % CONNECTIONS
         try:
             data = self._links[number].call(lambda c: self._peek(c, number, offset, here))
         except Failure:
             self._watch.check()  # which says more, if it is that
             raise
-        finally:
-            with self._lock:
-                self._links[number].busy -= 1
         if len(data) != here:
             raise Failure(f"{self.description}: {len(data)} bytes instead of {here}", 0)
         span: Span = data
@@ -112,7 +115,7 @@ def open_peek(link: Link, guest: Guest, disk: GuestDisk) -> Disk:
         )
     from nbdtool.layers.readahead import ReadAhead
 
-    return ReadAhead(made, CONNECTIONS)
+    return ReadAhead(made, _WORKERS if link.is_local() else _REMOTE_WORKERS, _PIECE)
 
 
 def _keep_buffers() -> None:
