@@ -105,7 +105,7 @@ def _write(command: str, args: argparse.Namespace) -> int:
     from nbdtool.errors import UsageError
 
     for option in ("port", "ip_addr", "unix", "stdin", "run", "fork", "pid_file"):
-        if getattr(args, option):
+        if getattr(args, option) not in (None, False):
             raise UsageError(f"--to-file writes and exits; --{option.replace('_', '-')} serves")
     with _opened(command, args) as disks:
         if len(disks) > 1:

@@ -62,6 +62,8 @@ class Server:
             )
         if args.stdin and (args.unix or args.port is not None or args.ip_addr or args.run):
             raise UsageError("-s serves standard input; -p, -i, -U and --run don't go with it")
+        if args.run is not None and not args.run.strip():
+            raise UsageError("--run: which command?")
         if args.fork and (args.stdin or args.run):
             raise UsageError("--fork doesn't go with -s or --run")
         if args.ipv4_only and args.ipv6_only:

@@ -138,6 +138,11 @@ def test_tls_options_that_would_be_ignored(nbdtool: Run, image: Path, words: str
     one_line(nbdtool("file", image, "--run", "true", *words.split(), status=2).stderr)
 
 
+def test_an_empty_command_is_none(nbdtool: Run, image: Path) -> None:
+    for command in "", " \n":
+        one_line(nbdtool("file", image, "--run", command, status=2).stderr)
+
+
 def test_the_nearest_key_is_named_and_never_an_option(nbdtool: Run, image: Path) -> None:
     done = nbdtool("file", image, "allow-life=on", status=2)
     assert "did you mean allow-live=?" in one_line(done.stderr)
