@@ -117,6 +117,9 @@ class FileDisk(Disk):
                 if exc.errno != errno.ENXIO:  # a device or filesystem that can't tell
                     yield Extent(end - offset, DATA)
                     return
+                if os.lseek(fd, 0, os.SEEK_END) < self.size:
+                    text = f"{self.file.name}: has become shorter"
+                    raise OSError(errno.EIO, text) from None
                 data = end
             if data > offset:
                 yield Extent(data - offset, HOLE)

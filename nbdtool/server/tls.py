@@ -52,7 +52,7 @@ def _add_certificates(result: ssl.SSLContext, args: argparse.Namespace) -> None:
                     result.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
                     break
     except (OSError, ValueError) as exc:
-        reason = getattr(exc, "reason", None) or exc
+        reason = getattr(exc, "reason", None) or getattr(exc, "strerror", None) or exc
         raise Error(f"{folder}: certificate or key can't be used: {reason}") from None
 
 
@@ -89,7 +89,8 @@ def _add_psk(result: ssl.SSLContext, path: str) -> None:
             if colon:
                 keys[user] = bytes.fromhex(key)
     except (OSError, ValueError) as exc:
-        raise Error(f"{path}: {exc}; psktool(1) makes such a file") from None
+        reason = getattr(exc, "strerror", None) or exc
+        raise Error(f"{path}: {reason}; psktool(1) makes such a file") from None
     if not keys:
         raise Error(f"{path}: holds no key; psktool(1) makes one")
     refused = os.urandom(32)

@@ -107,6 +107,13 @@ def test_a_tree_of_more_files_than_descriptors(
     assert done.stderr == ""
 
 
+def test_what_a_file_has_lost_is_not_taken_for_zeroes(nbdtool: Run, image: Path) -> None:
+    script = f"truncate -s 500000 {image}; nbdinfo --map $uri || nbdcopy --no-extents $uri null:"
+    done = nbdtool("file", image, "-r", "--run", script, status=1)
+    assert f"{image}: has become shorter" in done.stderr
+    assert f"{image}: ends early" in done.stderr
+
+
 def test_bytes_that_are_not_utf_8_are_shown_as_bytes(nbdtool: Run) -> None:
     done = nbdtool("file", os.fsdecode(b"no\xff\n\x1b[31m"), status=1)
     assert one_line(done.stderr).startswith(r"nbdtool: error: no\xff\n\x1b[31m: No such file")
