@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from nbdtool.disk import Span
 from tests.server import wire
-from tests.server.wire import Harness, MemoryDisk, context_request, harness, info_request
+from tests.server.harness import Harness, MemoryDisk, harness
+from tests.server.wire import context_request, info_request
 
 pytestmark = pytest.mark.fuzz
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.server import wire
-from tests.server.wire import Harness, MemoryDisk, context_request, counted, harness, info_request
+from tests.server.harness import Harness, MemoryDisk, harness
+from tests.server.wire import context_request, counted, info_request
 
 # Transmission flags
 HAS_FLAGS, READ_ONLY, SEND_FLUSH, SEND_FUA, _, SEND_TRIM, SEND_WRITE_ZEROES, SEND_DF = (

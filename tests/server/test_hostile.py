@@ -15,17 +15,8 @@ import pytest
 
 from nbdtool.server import transmission
 from tests.server import wire
-from tests.server.wire import (
-    MIB,
-    Client,
-    Harness,
-    MemoryDisk,
-    context_request,
-    counted,
-    harness,
-    info_request,
-    packed_option,
-)
+from tests.server.harness import Harness, MemoryDisk, harness
+from tests.server.wire import MIB, Client, context_request, counted, info_request, packed_option
 
 HELLO = struct.pack(">I", 3)
 

@@ -22,16 +22,8 @@ import pytest
 from nbdtool.errors import Error
 from nbdtool.server import tls, transmission
 from tests.server import wire
-from tests.server.wire import (
-    MIB,
-    Client,
-    Harness,
-    MemoryDisk,
-    context_request,
-    harness,
-    info_request,
-    packed_option,
-)
+from tests.server.harness import Harness, MemoryDisk, harness
+from tests.server.wire import MIB, Client, context_request, info_request, packed_option
 
 Run = Callable[..., Any]
 

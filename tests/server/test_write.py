@@ -11,7 +11,8 @@ import pytest
 
 from nbdtool.disks.file import FileDisk
 from tests.server import wire
-from tests.server.wire import MIB, Client, harness
+from tests.server.harness import harness
+from tests.server.wire import MIB, Client
 
 GIB = 1 << 30
 
