@@ -111,7 +111,7 @@ def test_what_a_file_has_lost_is_not_taken_for_zeroes(nbdtool: Run, image: Path)
     script = f"truncate -s 500000 {image}; nbdinfo --map $uri || nbdcopy --no-extents $uri null:"
     done = nbdtool("file", image, "-r", "--run", script, status=1)
     assert f"{image}: has become shorter" in done.stderr
-    assert f"{image}: ends early" in done.stderr
+    assert f"{image}: can't be read on" in done.stderr  # by sendfile, in the middle of a reply
 
 
 def test_bytes_that_are_not_utf_8_are_shown_as_bytes(nbdtool: Run) -> None:
