@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from nbdtool.disk import Disk
 from nbdtool.errors import UsageError
@@ -69,6 +70,7 @@ def open(args: argparse.Namespace) -> dict[str, Disk]:
     from nbdtool.disks.libvirt import guests, methods
     from nbdtool.disks.libvirt.backup import Scratch
     from nbdtool.disks.libvirt.link import Link
+    from nbdtool.disks.libvirt.listing import printable
 
     if args.domain is None:
         raise UsageError("which guest? Give its name: nbdtool libvirt DOMAIN (--list shows all)")
@@ -84,10 +86,14 @@ def open(args: argparse.Namespace) -> dict[str, Disk]:
     try:
         guest = guests.find(link, args.domain)
         disks = guests.choose(guest, args.disk)
-        return methods.open_disks(link, guest, disks, args.method, scratch)
+        opened = methods.open_disks(link, guest, disks, args.method, scratch)
     except BaseException:
         link.close()
         raise
+    if len(opened) > 1 and not args.run:  # the server's line only counts them
+        for target, disk in opened.items():
+            print(f"nbdtool: {target}: {printable(disk.description)}", file=sys.stderr)
+    return opened
 
 
 def listing(args: argparse.Namespace) -> str:

@@ -145,7 +145,8 @@ def test_every_disk_is_an_export(
         compare(server.uri.replace("?", "vdb?"), chain[0], "qcow2")
         done = subprocess.run(["nbdinfo", "--list", server.uri], capture_output=True, text=True)
         assert done.stdout.count("export=") == 2
-        assert "method local" in done.stdout and "the guest is stopped" in done.stdout
+        for said in done.stdout, server.log():
+            assert said.count("by method local") == 2 and "the guest is stopped" in said
 
 
 def test_choosing(rig: Rig, raw_image: Path, nbdtool: Any, tmp_path: Path, run: Any) -> None:

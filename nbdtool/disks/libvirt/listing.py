@@ -34,7 +34,7 @@ def listing(link: Link, wanted: Optional[str], *, as_json: bool) -> str:
             name = state = ""
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "".join(f"{_printable(line)}\n" for line in lines)
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def _all(connection: Any) -> list[Guest]:
@@ -78,5 +78,7 @@ def _capacity(link: Link, guest: Guest, target: str) -> Optional[int]:
         return None
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str) -> str:
+    """The text with what a terminal would obey escaped."""
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join("".join(escaped).encode(errors="backslashreplace").decode())

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import threading
 import time
 from typing import Any
 
 from nbdtool.disk import ZEROES, Disk, Span, ZeroSpan
+from nbdtool.disks.buffers import keep_buffers
 from nbdtool.disks.libvirt.guests import Guest, GuestDisk, Watch
 from nbdtool.disks.libvirt.link import Failure, Link
 from nbdtool.disks.libvirt.local import refuse_special
-from nbdtool.errors import Error, debug, warn
+from nbdtool.errors import Error, warn
 
 CONNECTIONS = 4  # as many as answer at once
 
@@ -22,17 +22,18 @@ _PIECE = 256 << 10
 _WORKERS = 4
 _REMOTE_WORKERS = 16  # to fill a long link
 _EVERY = 0.25  # seconds between two looks at the guest
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt(3)
 
 
 class PeekDisk(Disk):
     """A raw disk of a guest, by target; reads are safe, and worth it, from several threads."""
 
     def __init__(self, link: Link, guest: Guest, disk: GuestDisk) -> None:
-        _keep_buffers()
+        keep_buffers()
         capacity, _, physical = link.call(
             lambda connection: _domain(connection, guest).blockInfo(disk.target)
         )
+        if not 0 <= physical < 1 << 63 or not 0 <= capacity < 1 << 63:
+            raise Error(f"{guest.name}: {disk.target}: {capacity} bytes can't be its capacity")
         self.size: int = capacity
         self._end = min(capacity, physical)  # of what can be peeked; qemu rounds up
         self.description = f"{guest.name} {disk.target} by method peek"
@@ -116,14 +117,3 @@ def open_peek(link: Link, guest: Guest, disk: GuestDisk) -> Disk:
     from nbdtool.layers.readahead import ReadAhead
 
     return ReadAhead(made, _WORKERS if link.is_local() else _REMOTE_WORKERS, _PIECE)
-
-
-def _keep_buffers() -> None:
-    """Keep glibc from giving each buffer of a call back to the kernel: that is most of its cost."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.gnu_get_libc_version  # noqa: B018 - not of another C library
-        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(_TRIM_THRESHOLD, 256 << 20)
-    except (OSError, AttributeError) as exc:
-        debug(f"no malloc tuning: {exc}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from typing import Any, BinaryIO
@@ -83,7 +84,9 @@ def _receive(stream: Any, fd: int, progress: Progress) -> int:
     while True:
         got = stream.recvFlags(_PIECE, _FLAG_STOP_AT_HOLE)
         if got == _HOLE:
-            at += stream.recvHole()
+            at += max(stream.recvHole(), 0)
+            if at >= 1 << 63:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         elif got:
             done = 0
             while done < len(got):

@@ -11,6 +11,7 @@ from typing import NamedTuple, Optional, Union
 from nbdtool import protocol as p
 from nbdtool.disk import Disk, Extent, Span, merge_extents, read_bytes
 from nbdtool.disks.ahead import Ahead
+from nbdtool.disks.buffers import keep_buffers
 from nbdtool.disks.nbd.connection import Connection, Disconnected, Request
 from nbdtool.disks.nbd.uri import Address
 from nbdtool.errors import Error, debug
@@ -48,6 +49,7 @@ class NbdDisk(Disk):
         reconnect: float = 30.0,
         patience: float = PATIENCE,
     ) -> None:
+        keep_buffers()
         self._address = Address.parse(address) if isinstance(address, str) else address
         self._patience, self._reconnect = patience, reconnect
         self.description = str(self._address)
