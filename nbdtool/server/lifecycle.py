@@ -81,6 +81,8 @@ class Server:
     def run(self, disks: dict[str, Disk]) -> int:
         """Serve until a signal or the captive command's end; the exit status."""
         args = self._args
+        if args.export_name is not None and len(disks) > 1:
+            raise UsageError(f"-e names one export, here are {len(disks)} with names of their own")
         if args.oldstyle and len(disks) > 1:
             raise UsageError(f"oldstyle (-o) serves one export, here are {len(disks)}; choose one")
         exports = Exports(disks, name=args.export_name, read_only=args.read_only)

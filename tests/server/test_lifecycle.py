@@ -15,6 +15,9 @@ from typing import Any, Callable
 
 import pytest
 
+from nbdtool import cli
+from nbdtool.errors import UsageError
+from nbdtool.server.lifecycle import Server
 from tests.server import wire
 from tests.server.harness import MemoryDisk, harness
 from tests.server.wire import MIB, Client, wait_for
@@ -293,3 +296,10 @@ def test_what_clients_have_written_is_flushed_at_the_end() -> None:
         running.service.finish()
         assert client.ended()
     assert disk.done == [("write", 0, 4)]
+
+
+@pytest.mark.parametrize("option", [["-e", "name"], ["-o"]])
+def test_what_names_or_knows_one_export_refuses_several(option: list[str]) -> None:
+    _, args = cli.parse(["file", "image", "-U", "-", *option])
+    with pytest.raises(UsageError, match="here are 2"):
+        Server(args).run({"a": MemoryDisk(), "b": MemoryDisk()})
