@@ -125,4 +125,7 @@ class Regions(Disk):
         if failures:
             shown = "; ".join(failures[:10])
             rest = f", and {len(failures) - 10} more" if len(failures) > 10 else ""
-            raise Error(f"can't be read by the user that serves: {shown}{rest}")
+            raise Error(
+                f"the user of -u can't read {shown}{rest}; give -u or -g another, or --copy"
+                " to read everything before"
+            )

@@ -53,7 +53,7 @@ def option_reply(option: int, kind: int, body: bytes = b"") -> bytes:
     return struct.pack(">QIII", 0x3E889045565A9, option, kind, len(body)) + body
 
 
-def greet(sock: socket.socket, size: int = SIZE) -> None:
+def greet(sock: socket.socket, size: int = SIZE, minimum: int = 1) -> None:
     """A right handshake: structured replies, base:allocation as context 1, GO."""
     sock.sendall(struct.pack(">8s8sH", b"NBDMAGIC", b"IHAVEOPT", 3))
     exactly(sock, 4)
@@ -64,6 +64,7 @@ def greet(sock: socket.socket, size: int = SIZE) -> None:
             sock.sendall(option_reply(option, 4, struct.pack(">I", 1) + b"base:allocation"))
         if option == 7:
             sock.sendall(option_reply(option, 3, struct.pack(">HQH", 0, size, 0x8D)))
+            sock.sendall(option_reply(option, 3, struct.pack(">HIII", 3, minimum, 4096, 1 << 25)))
         sock.sendall(option_reply(option, 1))
         if option == 7:
             return
@@ -96,9 +97,9 @@ def server(path: Path, behave: Callable[[socket.socket], None]) -> Iterator[str]
         path.unlink()
 
 
-def answering(answer: Answer) -> Callable[[socket.socket], None]:
+def answering(answer: Answer, minimum: int = 1) -> Callable[[socket.socket], None]:
     def behave(sock: socket.socket) -> None:
-        greet(sock)
+        greet(sock, minimum=minimum)
         while True:
             fields = struct.unpack(">IHHQQI", exactly(sock, 28))[1:]
             if fields[1] == DISC:
@@ -113,9 +114,9 @@ def answered(tmp_path: Path) -> Callable[..., contextlib.AbstractContextManager[
     """with answered(answer) as disk: each request is given to answer(socket, request)."""
 
     @contextlib.contextmanager
-    def answered(answer: Answer, **options: Any) -> Iterator[NbdDisk]:
+    def answered(answer: Answer, minimum: int = 1, **options: Any) -> Iterator[NbdDisk]:
         options = {"reconnect": 0, "patience": 10, **options}
-        with server(tmp_path / "socket", answering(answer)) as uri:
+        with server(tmp_path / "socket", answering(answer, minimum)) as uri:
             disk = NbdDisk(uri, **options)
             try:
                 yield disk
@@ -233,6 +234,14 @@ def test_block_status_that_says_little_or_too_much(answered: Any) -> None:
 
     with answered(answer) as disk:
         assert list(disk.extents(0, SIZE)) == [(4096, 0), (SIZE - 4096, 3)]
+
+
+def test_extents_that_lead_nowhere(answered: Any) -> None:
+    def answer(sock: socket.socket, request: Request) -> None:
+        sock.sendall(chunk(STATUS, request[2], struct.pack(">III", 1, 50, 0), DONE))
+
+    with answered(answer, minimum=512) as disk, pytest.raises(OSError, match="extents smaller"):
+        list(disk.extents(600, 1000))
 
 
 def test_a_reply_in_countless_chunks_ends(answered: Any) -> None:

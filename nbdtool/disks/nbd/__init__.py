@@ -13,6 +13,7 @@ from nbdtool.disk import Disk, Extent, Span, merge_extents, read_bytes
 from nbdtool.disks.ahead import Ahead
 from nbdtool.disks.buffers import keep_buffers
 from nbdtool.disks.nbd.connection import Connection, Disconnected, Request
+from nbdtool.disks.nbd.handshake import ProtocolError
 from nbdtool.disks.nbd.uri import Address
 from nbdtool.errors import Error, debug
 
@@ -212,13 +213,15 @@ class NbdDisk(Disk):
         end = offset + length
         while offset < end:
             start, stop = self._around(offset, min(end - offset, _STATUS))
-            skip = offset - start
+            skip, before = offset - start, offset
             for size, state in self._finish(None, p.CMD_BLOCK_STATUS, start, stop - start).extents:
                 count = min(size - skip, end - offset)
                 skip = max(skip - size, 0)
                 if count > 0:
                     yield Extent(count, state)
                     offset += count
+            if offset == before:
+                raise ProtocolError(errno.EIO, f"{self._address}: extents smaller than its blocks")
 
     # Writing
 
