@@ -108,6 +108,8 @@ class CowDisk(Disk):
         self._used = 0  # bytes of the blocks that are _CHANGED; guarded by the lock
         self._lock = threading.Lock()
         self._save = save
+        if save is not None:
+            import nbdtool.writer  # noqa: F401  # close() may be another user's, who can't read it
         self._served = False
 
     # Reading

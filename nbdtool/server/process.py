@@ -81,6 +81,10 @@ class Privileges:
         self.uid: int | None = None
         self.gid: int | None = None
         self._groups: list[int] = []
+        if user is not None or group is not None:
+            # What is imported later otherwise: they may be unable to read it.
+            import subprocess  # noqa: F401
+            import traceback  # noqa: F401
         if user is not None:
             try:
                 entry = pwd.getpwuid(_number(user)) if user.isdecimal() else pwd.getpwnam(user)

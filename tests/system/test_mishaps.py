@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Callable
 
@@ -12,6 +15,7 @@ import pytest
 
 Run = Callable[..., Any]
 
+ROOT = Path(__file__).resolve().parents[2]
 FULL = os.open("/dev/full", os.O_RDWR)  # a disk without room for another byte
 
 
@@ -114,6 +118,20 @@ def test_what_a_file_has_lost_is_not_taken_for_zeroes(nbdtool: Run, image: Path)
     assert f"{image}: can't be read on" in done.stderr  # by sendfile, in the middle of a reply
 
 
+def test_what_another_user_can_not_read_is_refused_with_the_way_out(
+    nbdtool: Run, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "secret").write_text("x")
+    (tree / "secret").chmod(0o600)
+    words = ["linuxdisk", tree, "-u", "nobody", "--run", "nbdcopy $uri null:"]
+    done = nbdtool(*words, status=1)
+    assert f"{tree}/secret: Permission denied" in one_line(done.stderr)
+    assert "--copy" in done.stderr
+    nbdtool(*words, "--copy", status=0)
+
+
 def test_bytes_that_are_not_utf_8_are_shown_as_bytes(nbdtool: Run) -> None:
     done = nbdtool("file", os.fsdecode(b"no\xff\n\x1b[31m"), status=1)
     assert one_line(done.stderr).startswith(r"nbdtool: error: no\xff\n\x1b[31m: No such file")
@@ -130,6 +148,25 @@ def test_what_stands_where_the_socket_should_is_named(nbdtool: Run, image: Path)
 def test_numbers_that_no_user_has(nbdtool: Run, image: Path, words: str) -> None:
     done = nbdtool("file", image, "--run", "true", *words.split(), status=1)
     assert "too large" in one_line(done.stderr)
+
+
+def test_a_user_who_can_not_read_nbdtool_itself(run: Run) -> None:
+    """All modules are there before the user is changed, those that are needed at the end too."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, private = Path(name), Path(name, "private")
+        folder.chmod(0o777)
+        private.mkdir(mode=0o700)
+        shutil.copytree(ROOT / "nbdtool", private / "nbdtool")
+        for path in folder / "image", folder / "new":
+            path.write_bytes(os.urandom(1 << 20))
+        words = ["file", folder / "image", "-v", "--cow", "--cow-save", folder / "saved"]
+        script = f"nbdcopy {folder}/new $uri; id -un"
+        output = run(
+            sys.executable, "-m", "nbdtool", *words, "-u", "nobody", "--run", script,
+            cwd=folder, env={**os.environ, "PYTHONPATH": str(private)},
+        )  # fmt: skip
+        assert output == "nobody\n"
+        assert (folder / "saved").read_bytes() == (folder / "new").read_bytes()
 
 
 @pytest.mark.parametrize(
