@@ -167,7 +167,7 @@ def _make(args: argparse.Namespace) -> Disk:
         else:
             origins.append(_add_directory(path, tree, len(origins), args))
     if tree.odd_times:
-        shown = ", ".join(os.fsdecode(tree.path(ino)) or "/" for ino in tree.odd_times[:10])
+        shown = ", ".join(os.fsdecode(tree.path(ino)) or "/" for ino in list(tree.odd_times)[:10])
         warn(f"{len(tree.odd_times)} files have dates outside 1901 to 2446, moved there: {shown}")
     if args.copy:
         with Progress("copying", sum(tree.sizes)) as progress:

@@ -102,7 +102,7 @@ class Geometry:
             ]
             at = self.group_start(first) + self.super_blocks(first)
             needed = count * (2 + tables)
-            if len(supers) > 1 and at + needed > supers[1][0]:
+            if any(at < stop and start < at + needed for start, stop in supers):
                 at = self._place_around(supers, at, count)
             else:
                 self.block_bitmaps.extend(range(at, at + count))

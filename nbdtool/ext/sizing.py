@@ -51,10 +51,11 @@ def choose(options: Options, inodes: int, data: int) -> tuple[Geometry, int]:
             geometry, journal = _roomy(options, inodes, data)
         geometry.place()
     except ValueError as error:
-        advice = " or a larger --block-size" if options.block_size < 4096 else ""
-        raise Error(
-            f"no {options.type} can hold the tree ({error}): leave things out{advice}"
-        ) from None
+        asked = options.free is not None or options.inodes is not None
+        advice = "ask for less" if asked else "leave things out"
+        if options.block_size < 4096:
+            advice += " or use a larger --block-size"
+        raise Error(f"no {options.type} can hold the tree ({error}): {advice}") from None
     return geometry, journal
 
 

@@ -72,7 +72,7 @@ class Tree:
         self.merged: set[int] = set()  # directories that the present source has, too
         self.linked: set[int] = set()  # what has or had more than one name
         self.replaced = False
-        self.odd_times: list[int] = []  # whose times had to be moved into range
+        self.odd_times: dict[int, None] = {}  # whose times had to be moved into range, in order
         self.children[ROOT] = {}
         self.parents[ROOT] = ROOT
         time = mtime or 0
@@ -244,7 +244,7 @@ class Tree:
             and _FIRST_TIME <= ctime <= _LAST_TIME
             and _FIRST_TIME <= atime <= _LAST_TIME
         ):
-            self.odd_times.append(ino)
+            self.odd_times[ino] = None
             atime, ctime, mtime = (
                 min(max(t, _FIRST_TIME), _LAST_TIME) for t in (atime, ctime, mtime)
             )
