@@ -34,6 +34,7 @@ class Parser(argparse.ArgumentParser):
             **kwargs,
         )
         self.keys: set[str] = set()  # key=value is an option of the subcommand or a layer
+        self.configures: dict[str, ModuleType] = {}  # option -> that subcommand or layer
         self.magic = ""
 
     def error(self, message: str) -> NoReturn:
@@ -47,7 +48,9 @@ class Parser(argparse.ArgumentParser):
         before = set(self._option_string_actions.items())
         module.add_arguments(group)
         added = set(self._option_string_actions.items()) - before
-        self.keys |= {name[2:] for name, _ in added if name.startswith("--")}
+        names = [name for name, _ in added if name.startswith("--")]
+        self.keys.update(name[2:] for name in names)
+        self.configures.update(dict.fromkeys(names, module))
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -367,6 +370,7 @@ def _chain(args: argparse.Namespace) -> list[tuple[ModuleType, Any]]:
     given: list[tuple[ModuleType, Any]] = getattr(args, "layers", [])
     names: list[str] = getattr(args, "filter", [])
     if not names:
+        _refuse_idle(args, given)
         return given
     known = _filters()
     chain = []
@@ -387,7 +391,19 @@ def _chain(args: argparse.Namespace) -> list[tuple[ModuleType, Any]]:
             )
         if layer not in [module for module, _ in chain]:
             raise UsageError(f"{layer.OPTION[2:]}= needs --filter={layer.FILTER} beside the others")
+    _refuse_idle(args, chain)
     return chain
+
+
+def _refuse_idle(args: argparse.Namespace, chain: list[tuple[ModuleType, Any]]) -> None:
+    """UsageError if an option of a layer is given that isn't there: --cow-save without --cow."""
+    there = [layer for layer, _ in chain]
+    for name, layer in args.parser.configures.items():
+        if not hasattr(layer, "OPTION") or layer in there:
+            continue
+        dest = args.parser.option(name).dest
+        if getattr(args, dest) != args.parser.get_default(dest):
+            raise UsageError(f"{name}: needs {layer.OPTION} or --filter={layer.FILTER}")
 
 
 def print_help(command: str | None, args: argparse.Namespace) -> None:
