@@ -1,4 +1,4 @@
-"""qcow2 images, plain and compressed, served to nbdcopy and fio and written to raw files."""
+"""Layers: qcow2 images, plain and compressed, partitions and overlays; served and written."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ def reading(directory: Path, image: Path) -> Iterator[dict[str, str]]:
         "nbdtool": [NBDTOOL, "file", image, "--qcow2", "-r", "-U"],
         "qemu-nbd": ["qemu-nbd", "-r", "-t", "-e", "16", "-f", "qcow2", image, "-k"],
     }
+    with started(directory, commands) as uris:
+        yield uris
+
+
+@contextlib.contextmanager
+def started(directory: Path, commands: dict[str, list[Any]]) -> Iterator[dict[str, str]]:
+    """Servers whose command lines end where the path of their socket belongs; their URIs."""
     with contextlib.ExitStack() as stack:
         uris = {}
         for server, words in commands.items():
@@ -101,6 +108,42 @@ def requests(directory: Path) -> Iterator[Race]:
     with reading(directory, plain(directory)) as uris:
         yield Race(
             RATE, {server: partial(fio, uri, "randread", 16) for server, uri in uris.items()}
+        )
+
+
+@row(
+    "partition-fio-16",
+    "fio, 4 KiB random reads of a partition, depth 16",
+    {"qemu-nbd": faster(3)},
+)
+def partition(directory: Path) -> Iterator[Race]:
+    image = random_file(directory / "disk", GIB)
+    run("sfdisk", "--quiet", "--label", "gpt", image, input="start=1MiB, size=1000MiB\n")
+    window = f"driver=raw,offset={1 << 20},size={1000 << 20},file.driver=file,file.filename={image}"
+    commands: dict[str, list[Any]] = {
+        "nbdtool": [NBDTOOL, "file", image, "--partition", "1", "-r", "-U"],
+        "qemu-nbd": ["qemu-nbd", "-r", "-t", "-e", "16", "--image-opts", window, "-k"],
+    }
+    with started(directory, commands) as uris:
+        yield Race(
+            RATE, {server: partial(fio, uri, "randread", 16) for server, uri in uris.items()}
+        )
+
+
+@row(
+    "cow-fio-16",
+    "fio, 4 KiB random writes to an overlay, depth 16",
+    {"nbdkit-cow": faster(1)},
+)
+def overlay(directory: Path) -> Iterator[Race]:
+    image = random_file(directory / "disk", GIB)
+    commands: dict[str, list[Any]] = {
+        "nbdtool": [NBDTOOL, "file", image, "--cow", "-U"],
+        "nbdkit-cow": ["nbdkit", "-f", "--filter=cow", "file", image, "-U"],
+    }
+    with started(directory, commands) as uris:
+        yield Race(
+            RATE, {server: partial(fio, uri, "randwrite", 16) for server, uri in uris.items()}
         )
 
 
