@@ -42,7 +42,7 @@ def test_both_spellings(layer: Path) -> None:
     entry = "tar-entry=disk/image"
     for words in (
         ["file", layer, entry, "--qcow2"],
-        ["--tar-entry", "disk/image", "qcow2=on", "file", layer],
+        ["--tar-entry", "disk/image", "file", "qcow2=on", layer],
         ["--filter=qcow2dec", "--filter=tar", "file", layer, entry],
         ["--filter", "qcow2dec", "file", layer, entry, "--filter", "tar"],
         ["file", layer, entry, "--qcow2", "--cow", "cow-block-size=4K"],
