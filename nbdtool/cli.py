@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, NoReturn
 
-from nbdtool import __version__, commands, layers
+from nbdtool import __version__, commands, layers, values
 from nbdtool.disk import Disk
 from nbdtool.errors import UsageError
 
@@ -198,13 +198,10 @@ def _mode(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0
-    if not 0 < seconds < 1e6:
-        raise argparse.ArgumentTypeError(f"not a number of seconds: {text!r}")
-    return seconds
+    value = values.seconds(text)
+    if not value:
+        raise argparse.ArgumentTypeError("no time is no time for a handshake")
+    return value
 
 
 def _count(text: str) -> int:

@@ -27,6 +27,17 @@ def size(text: str) -> int:
     return result
 
 
+def seconds(text: str) -> float:
+    """A number of seconds from 0 to a million; ArgumentTypeError otherwise."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"not a number of seconds: {text!r}")
+    return value
+
+
 def boolean(text: str) -> bool:
     """on, true, yes, 1 or off, false, no, 0, in any case; ArgumentTypeError otherwise."""
     word = text.lower()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from nbdtool import values
 from nbdtool.disk import Disk
 from nbdtool.errors import UsageError
 from nbdtool.values import add_flag
@@ -49,21 +50,11 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     )
     add(
         "--reconnect",
-        type=_seconds,
+        type=values.seconds,
         default=30.0,
         metavar="SECONDS",
         help="how long a read waits for a libvirt that is gone, before it fails (30)",
     )
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not 0 <= seconds < 1e6:
-        raise argparse.ArgumentTypeError(f"not a number of seconds: {text!r}")
-    return seconds
 
 
 def open(args: argparse.Namespace) -> dict[str, Disk]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from nbdtool import values
 from nbdtool.disk import Disk
 from nbdtool.errors import UsageError
 
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     )
     add(
         "--reconnect",
-        type=_seconds,
+        type=values.seconds,
         default=30.0,
         metavar="SECONDS",
         help="how long a request waits for a server that is gone, before it fails (30)",
@@ -40,16 +41,6 @@ def _count(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= 16:
         raise argparse.ArgumentTypeError(f"not a number of connections: {text!r} (1 to 16)")
     return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not 0 <= seconds < 1e6:
-        raise argparse.ArgumentTypeError(f"not a number of seconds: {text!r}")
-    return seconds
 
 
 def open(args: argparse.Namespace) -> dict[str, Disk]:

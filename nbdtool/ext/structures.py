@@ -165,9 +165,3 @@ def encode_device(major: int, minor: int) -> bytes:
     if major > _DEVICE_MAX[0] or minor > _DEVICE_MAX[1]:
         raise ValueError(f"device number {major}:{minor} is out of range")
     return struct.pack("<II", 0, minor & 0xFF | major << 8 | (minor & ~0xFF) << 12)
-
-
-def encode_time(nanoseconds: int) -> tuple[int, int]:
-    """The low word and the extra word (nanoseconds, epoch bits) of a time in nanoseconds."""
-    seconds, fraction = divmod(nanoseconds, 1_000_000_000)
-    return seconds & 0xFFFFFFFF, fraction << 2 | (seconds - TIME_MIN) >> 32 & 3

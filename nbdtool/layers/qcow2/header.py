@@ -77,10 +77,6 @@ class Header:
     data_file: str  # as the image spells it, "" if it doesn't say
 
     @property
-    def compression_name(self) -> str:
-        return _COMPRESSIONS[self.compression]
-
-    @property
     def self_contained(self) -> bool:
         """Whether the image is readable from itself: it names no other file and isn't encrypted."""
         return not (self.backing_file or self.external_data or self.encryption)
