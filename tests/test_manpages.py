@@ -63,6 +63,16 @@ def test_differences_from_nbdkit_are_told(pages: Path) -> None:
         assert word in section, word
 
 
+def test_dangers_of_linuxdisk_are_told(pages: Path) -> None:
+    text = " ".join(rendered(pages / "nbdtool-linuxdisk.1").stdout.split())
+    for words in (
+        "must not be mounted by two at once, even if both mount it read-only",
+        "for one that others write to, add copy",
+        "tar archive, as it is or compressed by gzip, xz, bzip2 or zstd",
+    ):
+        assert words in text, words
+
+
 def test_each_source_has_its_page_and_prose(pages: Path, run: Callable[..., str]) -> None:
     text = rendered(pages / "nbdtool.1").stdout
     for command in cli.command_names():
