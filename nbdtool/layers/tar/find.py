@@ -68,8 +68,8 @@ class _Search:
         glob = glob and any(re.search(r"[*?[]", part) for part in parts)
         self._glob = [re.compile(fnmatch.translate(part)) for part in parts] if glob else []
         self._matches: dict[Path, Member] = {}
-        self._namesakes: list[str] = []  # files of the same last name, and some others
-        self._others: list[str] = []
+        self._namesakes: dict[str, None] = {}  # files of the same last name, and some others
+        self._others: dict[str, None] = {}
 
     def see(self, member: Member) -> None:
         path = _components(member.name)
@@ -80,7 +80,7 @@ class _Search:
         if member.type == REGULAR:
             names = self._namesakes if path[-1:] == self._path[-1:] else self._others
             if len(names) < _MAX_NAMES:
-                names.append(_shown(member.name))
+                names[_shown(member.name)] = None
 
     def _match(self, path: Path, member: Member) -> None:
         if not all(glob.match(os.fsdecode(part)) for glob, part in zip(self._glob, path)):
@@ -117,14 +117,17 @@ class _Search:
             name = f"{self._wanted}, a link to {path},"
         if not self._path:
             name = "the archive itself"
-        known = self._namesakes + self._others
+        namesakes, others = list(self._namesakes), list(self._others)
         if member is not None and member.type != DIRECTORY:
             return f"{name} is not a regular file"
-        inside = [other for other in known if _components(os.fsencode(other))[:-1] == self._path]
+        inside = [
+            other
+            for other in namesakes + others
+            if _components(os.fsencode(other))[:-1] == self._path
+        ]
         if member is not None or inside or not self._path:
             return f"{name} is a directory; its files: {_some(inside) or 'none'}"
-        close = difflib.get_close_matches(path, self._others, 5, 0.5)
-        near = self._namesakes[:5] + close or known
+        near = namesakes[:5] + difflib.get_close_matches(path, others, 5, 0.5) or others
         return f"there is no {name}; " + (f"the nearest: {_some(near)}" if near else "nor any file")
 
 
