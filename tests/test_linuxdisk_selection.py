@@ -212,6 +212,27 @@ def test_reproducible(
     assert target.read_bytes()[(1 << 20) + 1024 + 0x68 :][:16] not in images.pop()
 
 
+def test_reproducible_in_other_surroundings(
+    tree: Path, tmp_path: Path, nbdtool: Callable[..., Any]
+) -> None:
+    """No umask, time zone, language, home or order of hashes leaves a trace."""
+    (tree / "größe").write_text("a file")
+    images = []
+    for number, (umask, source, surroundings) in enumerate((
+        (0o022, tree, {}),
+        (0o777, tree, {"TZ": "Asia/Tokyo", "LC_ALL": "C", "HOME": "/nowhere"}),
+        (0o000, os.path.relpath(tree), {"TZ": "UTC-9", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "7"}),
+    )):  # fmt: skip
+        image = tmp_path / f"image{number}"
+        nbdtool(
+            *("linuxdisk", source, "type=ext4", "chown=1:2", "mtime=2026-01-02T03:04:05Z"),
+            *("--to-file", image), status=0, umask=umask,
+            env={**os.environ, "SOURCE_DATE_EPOCH": "1700000000", **surroundings},
+        )  # fmt: skip
+        images.append(image.read_bytes())
+    assert images[1:] == images[:-1]
+
+
 def test_different_identities_without_a_fixed_time(tree: Path, tmp_path: Path) -> None:
     uuids = set()
     for number in range(2):

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +183,30 @@ def test_usr_share(
 
 
 @pytest.mark.slow
+def test_two_hundred_thousand_tiny_files(
+    tmp_path: Path, nbdtool: Callable[..., Any], partition: Callable[..., Any],
+    mount: Callable[..., Any], e2fsck: Callable[..., None],
+) -> None:  # fmt: skip
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as tree:
+        for number in range(200_000):
+            if number % 1000 == 0:
+                folder = os.path.join(tree, str(number))
+                os.mkdir(folder)
+            with open(os.path.join(folder, str(number)), "w") as file:
+                file.write(str(number))
+        image = tmp_path / "image"
+        nbdtool("linuxdisk", tree, "type=ext4", "--to-file", image, status=0)
+        offset, size = partition(image)
+        e2fsck(image, offset)
+        with mount(image, offset, size) as mounted:
+            found = {
+                name: Path(root, name) for root, _, names in os.walk(mounted) for name in names
+            }
+            assert len(found) == 200_000
+            assert all(found[name].read_text() == name for name in list(found)[::1000])
+
+
+@pytest.mark.slow
 def test_reflinked_on_one_btrfs(
     tmp_path: Path, run: Callable[..., Any], nbdtool: Callable[..., Any], mount: Callable[..., Any],
     random_file: Callable[..., Path],
@@ -216,3 +241,21 @@ def test_guestfish_inspects_it(tree: Path, run: Callable[..., Any], serve: Any) 
     assert "/dev/sda1: ext4" in output
     assert "hello from the tree" in output
     assert "mylabel" in output
+
+
+@pytest.mark.slow
+def test_virt_filesystems_shows_it(tree: Path, nbdtool: Any, run: Any, tmp_path: Path) -> None:
+    environment = {
+        **os.environ, "LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"
+    }  # fmt: skip
+    image = tmp_path / "image"
+    nbdtool("linuxdisk", tree, "label=mylabel", "--to-file", image, status=0)
+    shown = run(
+        *("virt-filesystems", "--format=raw", "-a", image, "--all", "--long", "--csv"),
+        env=environment,
+    ).splitlines()  # fmt: skip
+    assert [line.split(",")[:4] for line in shown[1:]] == [
+        ["/dev/sda1", "filesystem", "ext2", "mylabel"],
+        ["/dev/sda1", "partition", "", ""],
+        ["/dev/sda", "device", "", ""],
+    ]
