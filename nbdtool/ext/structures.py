@@ -75,20 +75,9 @@ ENCRYPT, CASEFOLD = 0x10000, 0x20000
 SPARSE_SUPER, LARGE_FILE, HUGE_FILE, GDT_CSUM = 0x1, 0x2, 0x8, 0x10
 DIR_NLINK, EXTRA_ISIZE, METADATA_CSUM = 0x20, 0x40, 0x400
 
-# ---- block group descriptor: 32 bytes, or s_desc_size (the second half) with 64bit
-GROUP_DESCRIPTOR = Record(
-    "GroupDescriptor",
-    """bg_block_bitmap_lo:I bg_inode_bitmap_lo:I bg_inode_table_lo:I bg_free_blocks_count_lo:H
-    bg_free_inodes_count_lo:H bg_used_dirs_count_lo:H bg_flags:H bg_exclude_bitmap_lo:I
-    bg_block_bitmap_csum_lo:H bg_inode_bitmap_csum_lo:H bg_itable_unused_lo:H bg_checksum:H""",
-)
-GROUP_DESCRIPTOR_HIGH = Record(
-    "GroupDescriptorHigh",
-    """bg_block_bitmap_hi:I bg_inode_bitmap_hi:I bg_inode_table_hi:I bg_free_blocks_count_hi:H
-    bg_free_inodes_count_hi:H bg_used_dirs_count_hi:H bg_itable_unused_hi:H
-    bg_exclude_bitmap_hi:I bg_block_bitmap_csum_hi:H bg_inode_bitmap_csum_hi:H bg_reserved:I""",
-)
-PACK_DESCRIPTOR = struct.Struct("<IIIHHHH12x").pack  # the fields that a writer fills
+# ---- block group descriptor of 32 bytes: the blocks of block bitmap, inode bitmap and inode table,
+# the numbers of free blocks, free inodes and directories, flags
+PACK_DESCRIPTOR = struct.Struct("<IIIHHHH12x").pack
 
 # ---- inode: s_inode_size bytes, what is past 128 + i_extra_isize holds extended attributes
 INODE = Record(

@@ -194,7 +194,6 @@ class TestPolicy:
         run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, "1M")
         header = read_header(FileDisk(str(path)))
         assert header.external_data and header.data_file == str(secret)
-        assert not header.self_contained
         with pytest.raises(Error, match=r"data is in another file .*secret"):
             Qcow2(FileDisk(str(path)))
 
@@ -205,7 +204,6 @@ class TestPolicy:
         options += ",encrypt.iter-time=10" if how == "luks" else ""
         secret = ["--object", "secret,id=s,data=abc123"]
         run("qemu-img", "create", "-q", *secret, "-f", "qcow2", "-o", options, path, "1M")
-        assert not read_header(FileDisk(str(path))).self_contained
         with pytest.raises(Error, match=f"is encrypted .{how.upper()}."):
             Qcow2(FileDisk(str(path)))
 
@@ -238,7 +236,3 @@ class TestPolicy:
             (tmp_path / "i").write_bytes(data)
             with pytest.raises(Error, match=r"/i: "):
                 Qcow2(FileDisk(str(tmp_path / "i")))
-
-    def test_self_contained(self, tmp_path: Path, create: Any) -> None:
-        header = read_header(FileDisk(str(create(tmp_path / "i", MIB))))
-        assert header.self_contained

@@ -76,11 +76,6 @@ class Header:
     external_data: bool
     data_file: str  # as the image spells it, "" if it doesn't say
 
-    @property
-    def self_contained(self) -> bool:
-        """Whether the image is readable from itself: it names no other file and isn't encrypted."""
-        return not (self.backing_file or self.external_data or self.encryption)
-
     def l1_needed(self, size: int) -> int:
         """The number of L1 entries that map a virtual disk of `size` bytes."""
         l2_bits = self.cluster_bits - (4 if self.extended_l2 else 3)
