@@ -17,6 +17,7 @@ Result = TypeVar("Result")
 
 _PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between attempts to connect
 _KEEPALIVE = (5, 3)  # seconds, and how many times, until a silent link is taken for dead
+_LEAVING = 1.0  # seconds for a connection to close
 _INTERNAL_ERROR, _SYSTEM_ERROR, _NO_CONNECT, _RPC = 1, 38, 5, 39  # virErrorNumber
 _FROM_RPC = 7  # virErrorDomain
 
@@ -139,14 +140,26 @@ class Link:
             socket.getfqdn(),
         )
 
-    def close(self) -> None:
+    def close(self, held: object = None) -> None:
+        """Take leave, and let go of `held`, which needs the connection to be freed.
+
+        A link that has gone silent isn't waited for.
+        """
         with self._lock:
             self._closed, connection, self._connection = True, self._connection, None
-        if connection is not None:
+        if connection is None:
+            return
+
+        def leave(connection: Any, held: object) -> None:
             try:
                 connection.close()
             except self._libvirt.libvirtError as exc:
                 debug(f"closing: {exc}")
+
+        # It keeps both as long as it waits: freed elsewhere, they would wait there.
+        thread = threading.Thread(target=leave, args=(connection, held), daemon=True)
+        thread.start()
+        thread.join(_LEAVING)
 
 
 def _lost(connection: Any, exc: Any) -> bool:

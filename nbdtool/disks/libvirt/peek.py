@@ -91,8 +91,9 @@ class PeekDisk(Disk):
         self._seen = now
 
     def close(self) -> None:
-        for link in self._links:
-            link.close()
+        for number, link in enumerate(self._links):
+            held, self._domains[number] = self._domains[number], (None, None)
+            link.close(held)
 
 
 def _domain(connection: Any, guest: Guest) -> Any:
