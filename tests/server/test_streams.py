@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable
 
+import nbd
 import pytest
 
 from tests.server import wire
@@ -101,7 +102,6 @@ def test_a_signal_ends_the_one_client(
 
 
 def test_libnbd_starts_it_as_a_subprocess(command: list[str], run: Run, image: Path) -> None:
-    nbd = pytest.importorskip("nbd")
     handle = nbd.NBD()
     handle.connect_command([*command, "-s", "file", str(image), "-r"])
     assert handle.pread(MIB, MIB) == image.read_bytes()[MIB : 2 * MIB]
