@@ -4,7 +4,11 @@ NetworkBlockDevice/nbd; extended headers: its branch extension-ext-header). All 
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from struct import Struct
+from typing import Union
+
+Buffer = Union[bytes, bytearray, memoryview]
 
 DEFAULT_PORT = 10809
 MAX_STRING = 4096  # bytes of a name or a text
@@ -153,3 +157,12 @@ def nbd_error(number: int | None, flags: int = 0) -> int:
     if number == errno.EOVERFLOW and flags & CMD_FLAG_DF:
         return EOVERFLOW
     return _ERRORS.get(number, EINVAL) if number else EIO
+
+
+def unsent(buffers: Sequence[Buffer], done: int) -> list[Buffer]:
+    """What remains of buffers when their first `done` bytes are sent."""
+    for i, buffer in enumerate(buffers):
+        if done < len(buffer):
+            return [memoryview(buffer)[done:], *buffers[i + 1 :]]
+        done -= len(buffer)
+    return []

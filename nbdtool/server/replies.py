@@ -11,7 +11,8 @@ from struct import Struct
 
 from nbdtool import protocol as p
 from nbdtool.disk import ZEROES, FileSpan, Span, ZeroSpan, span_length
-from nbdtool.server.stream import Buffer, Dropped, Stream
+from nbdtool.protocol import Buffer
+from nbdtool.server.stream import Dropped, Stream
 
 SENDFILE_MIN = 64 << 10  # bytes: below, a pread and a shared sendmsg are faster than sendfile
 

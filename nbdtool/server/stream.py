@@ -12,11 +12,9 @@ import select
 import socket
 import struct
 from collections.abc import Sequence
-from typing import Union
 
 from nbdtool.disk import SpanFile
-
-Buffer = Union[bytes, bytearray, memoryview]
+from nbdtool.protocol import Buffer, unsent
 
 _IOV_MAX = 1024
 _PIECE = 256 << 10  # bytes that pass through memory at once where sendfile can't be used
@@ -84,15 +82,6 @@ class Stream:
         raise NotImplementedError
 
 
-def _rest(buffers: Sequence[Buffer], done: int) -> list[Buffer]:
-    """What remains of buffers when their first `done` bytes are written."""
-    for i, buffer in enumerate(buffers):
-        if done < len(buffer):
-            return [memoryview(buffer)[done:], *buffers[i + 1 :]]
-        done -= len(buffer)
-    return []
-
-
 # What a socket says of its peer, where sendfile could also speak of the file
 _PEER_ERRORS = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNABORTED)
 
@@ -137,7 +126,7 @@ class SocketStream(Stream):
             sent = self.sock.sendmsg(buffers[:_IOV_MAX], (), flags)
             while sent < length:
                 length -= sent
-                buffers = _rest(buffers, sent)
+                buffers = unsent(buffers, sent)
                 sent = self.sock.sendmsg(buffers[:_IOV_MAX], (), flags)
         except BlockingIOError:
             raise Stalled("the client takes no data") from None
@@ -199,7 +188,7 @@ class PipeStream(Stream):
                 self._wait(self._out, select.POLLOUT)
                 sent = os.writev(self._out, buffers[:_IOV_MAX])
                 length -= sent
-                buffers = _rest(buffers, sent)
+                buffers = unsent(buffers, sent)
         except OSError as exc:
             raise Ended(str(exc)) from None
 

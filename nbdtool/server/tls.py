@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nbdtool.errors import Error
-from nbdtool.server.stream import Buffer, Dropped, Ended, SocketStream, Stalled, Stream, end
+from nbdtool.protocol import Buffer
+from nbdtool.server.stream import Dropped, Ended, SocketStream, Stalled, Stream, end
 
 # nbdkit's names first, then libvirt's
 _CA = ("ca-cert.pem", "cacert.pem", "CA/cacert.pem")

@@ -19,7 +19,8 @@ from nbdtool import protocol as p
 from nbdtool.disk import Extent, Span, ZeroSpan
 from nbdtool.disks.nbd.handshake import Export, Handshake, ProtocolError
 from nbdtool.disks.nbd.uri import Address
-from nbdtool.disks.nbd.wire import Buffer, Wire
+from nbdtool.disks.nbd.wire import Wire
+from nbdtool.protocol import Buffer
 
 _BUFFER = 128 << 10  # bytes received at once, if they are small replies
 _LARGE = 32 << 10  # bytes: a payload from here on is received where it will stay
@@ -168,7 +169,7 @@ class Connection:
             while buffers and not self.lost:
                 sent = self._wire.try_send(buffers)
                 if sent:
-                    buffers = _rest(buffers, sent)
+                    buffers = p.unsent(buffers, sent)
                     deadline = time.monotonic() + self._patience
                 elif self._make_room():
                     deadline = time.monotonic() + self._patience
@@ -404,12 +405,3 @@ def _failure(request: Request, error: int, text: str, name: str) -> OSError:
     number = _ERRORS.get(error, errno.EINVAL)
     what = f"{_NAMES.get(request.command, 'request')} at byte {request.offset}"
     return OSError(number, f"{name}: {text or f'{what}: {os.strerror(number)}'}")
-
-
-def _rest(buffers: Sequence[Buffer], done: int) -> list[Buffer]:
-    """What remains of buffers when their first `done` bytes are sent."""
-    for i, buffer in enumerate(buffers):
-        if done < len(buffer):
-            return [memoryview(buffer)[done:], *buffers[i + 1 :]]
-        done -= len(buffer)
-    return []

@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING, Union
 
 from nbdtool.errors import Error
+from nbdtool.protocol import Buffer
 
 if TYPE_CHECKING:
     import ssl
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from nbdtool.disks.nbd.uri import Address
 
-Buffer = Union[bytes, bytearray, memoryview]
 
 _IOV_MAX = 1024
 _PIECE = 1 << 20  # bytes that TLS is given at once
