@@ -11,6 +11,10 @@ class Error(Exception):
     """A failure (exit status 1); its text says what, where, and what to do."""
 
 
+class Uncertain(Error):
+    """What our own readers can't be sure of, and why; another way may do."""
+
+
 class UsageError(Error):
     """Wrong usage of the command line (exit status 2)."""
 
