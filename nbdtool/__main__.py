@@ -66,7 +66,7 @@ def _run(argv: list[str]) -> int:
     if argv in (["--version"], ["-V"]):  # without argparse: scripts ask often
         print(f"nbdtool {__version__}")
         return 0
-    from nbdtool import cli, errors
+    from nbdtool import cli, errors, options
 
     command, args = cli.parse(argv)
     errors.verbose = args.verbose
@@ -80,10 +80,10 @@ def _run(argv: list[str]) -> int:
         cli.print_config()
         return 0
     if command is None:
-        names = ", ".join(cli.command_names())
+        names = ", ".join(options.command_names())
         raise errors.UsageError(f"which source? One of {names}; see --help")
     if getattr(args, "list", False):
-        print(cli.command_module(command).listing(args), end="")
+        print(options.command_module(command).listing(args), end="")
         return 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, _interrupted)

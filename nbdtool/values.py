@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
+from typing import Any, Callable
 
 _UNITS: dict[str, int] = {
     "": 1,
@@ -36,6 +36,19 @@ def seconds(text: str) -> float:
     if not 0 <= value < 1e6:
         raise argparse.ArgumentTypeError(f"not a number of seconds: {text!r}")
     return value
+
+
+def count(what: str, least: int, most: int) -> Callable[[str], int]:
+    """A type for a number of something, within bounds; it raises ArgumentTypeError otherwise."""
+
+    def count(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,18}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"not a number of {what}: {text!r} ({least} to {most})"
+            )
+        return int(text)
+
+    return count
 
 
 def boolean(text: str) -> bool:

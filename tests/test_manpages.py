@@ -11,7 +11,7 @@ from typing import Callable
 
 import pytest
 
-from nbdtool import cli
+from nbdtool import options
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +31,7 @@ def rendered(page: Path, warnings: bool = False) -> subprocess.CompletedProcess[
 
 def test_man_finds_nothing_to_warn_of(pages: Path) -> None:
     found = sorted(pages.glob("*.1"))
-    assert len(found) == len(cli.command_names()) + 1
+    assert len(found) == len(options.command_names()) + 1
     for page in found:
         assert rendered(page, warnings=True).stderr == ""
 
@@ -44,15 +44,15 @@ def test_mandoc_finds_no_fault(pages: Path) -> None:
         assert done.stdout == ""
 
 
-@pytest.mark.parametrize("command", [None, *cli.command_names()])
+@pytest.mark.parametrize("command", [None, *options.command_names()])
 def test_page_has_all_options_and_the_usual_sections(pages: Path, command: str | None) -> None:
     name = f"nbdtool-{command}" if command else "nbdtool"
     text = (pages / f"{name}.1").read_text().replace("\\-", "-")
     for heading in "NAME", "SYNOPSIS", "DESCRIPTION", "EXAMPLES", "SEE ALSO":
         assert re.search(f"^.SH {heading}$", text, re.MULTILINE), heading
-    shared = set(cli.build_parser()._option_string_actions)
-    options = set(cli.build_parser(command)._option_string_actions) if command else shared
-    for option in options - shared if command else shared - {"--help"}:
+    shared = set(options.build_parser()._option_string_actions)
+    found = set(options.build_parser(command)._option_string_actions) if command else shared
+    for option in found - shared if command else shared - {"--help"}:
         assert re.search(rf"^.*\\fB{re.escape(option)}\\fR", text, re.MULTILINE), option
 
 
@@ -75,6 +75,6 @@ def test_dangers_of_linuxdisk_are_told(pages: Path) -> None:
 
 def test_each_source_has_its_page_and_prose(pages: Path, run: Callable[..., str]) -> None:
     text = rendered(pages / "nbdtool.1").stdout
-    for command in cli.command_names():
+    for command in options.command_names():
         assert f"nbdtool-{command}(1)" in text
         assert (ROOT / "man" / f"nbdtool-{command}.inc").exists()

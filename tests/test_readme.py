@@ -9,7 +9,7 @@ from typing import Any, Callable
 
 import pytest
 
-from nbdtool import cli
+from nbdtool import cli, options
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
@@ -29,7 +29,7 @@ def test_two_commands_stand_at_the_top() -> None:
 def test_command_lines_are_understood(line: str) -> None:
     words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", line)]
     command, _ = cli.parse(words)
-    assert command in cli.command_names()
+    assert command in options.command_names()
 
 
 def test_systemd_finds_no_fault_in_the_units(

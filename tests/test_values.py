@@ -75,3 +75,11 @@ def test_flags(words: list[str], expected: Any) -> None:
     parser = argparse.ArgumentParser()
     values.add_flag(parser, "--flag")
     assert parser.parse_args(words).flag is expected
+
+
+def test_counts() -> None:
+    connections = values.count("connections", 1, 16)
+    assert [connections("1"), connections("16"), connections("07")] == [1, 16, 7]
+    for text in "0", "17", "-1", "+1", "", " 1", "1.0", "\u0661", "9" * 5000:
+        with pytest.raises(argparse.ArgumentTypeError, match="connections: .* \\(1 to 16\\)"):
+            connections(text)

@@ -16,7 +16,7 @@ from argparse_manpage.manpage import Manpage  # type: ignore[import-untyped]
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nbdtool import __version__, cli  # noqa: E402
+from nbdtool import __version__, options  # noqa: E402
 
 SUMMARY = "turn an unusual source into a disk, and serve it over NBD or write it to a file"
 
@@ -28,7 +28,7 @@ def summary(command: str) -> str:
 
 def page(command: str | None) -> tuple[str, str]:
     """The name of a page, and its text for man(1)."""
-    parser = cli.build_parser(command)
+    parser = options.build_parser(command)
     if command is not None:
         parser.prog = f"nbdtool-{command}"
         own = [group for group in parser._action_groups if group.title and command in group.title]
@@ -53,16 +53,16 @@ def with_sources(text: str) -> str:
     """Put the list of the sources, and that of their pages, where the prose wants them."""
     sources = [
         f'.TP\n.BR {name} " [" nbdtool\\-{name} (1)]\n{summary(name)}'
-        for name in cli.command_names()
+        for name in options.command_names()
     ]
-    pages = [f".BR nbdtool\\-{name} (1)," for name in cli.command_names()]
+    pages = [f".BR nbdtool\\-{name} (1)," for name in options.command_names()]
     return text.replace("@SOURCES@", "\n".join(sources)).replace("@PAGES@", "\n".join(pages))
 
 
 def main() -> None:
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
-    for command in (None, *cli.command_names()):
+    for command in (None, *options.command_names()):
         name, text = page(command)
         (directory / f"{name}.1").write_text(text)
 

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     )
     add(
         "--connections",
-        type=_count,
+        type=values.count("connections", 1, 16),
         default=4,
         metavar="N",
         help="at most, to a server that allows several (4)",
@@ -35,12 +35,6 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         metavar="SECONDS",
         help="how long a request waits for a server that is gone, before it fails (30)",
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= 16:
-        raise argparse.ArgumentTypeError(f"not a number of connections: {text!r} (1 to 16)")
-    return int(text)
 
 
 def open(args: argparse.Namespace) -> dict[str, Disk]:
