@@ -36,6 +36,8 @@ class GuestDisk:
     device: str  # disk, lun, cdrom, floppy
     chain: tuple[Image, ...]  # empty: no medium
     complete: bool  # the XML says where the chain ends
+    read_only: bool = False  # for the guest
+    sector: int = 512  # bytes of a logical sector, as the guest sees it
 
     @property
     def top(self) -> Image:
@@ -120,7 +122,15 @@ def _disk(node: ET.Element) -> GuestDisk:
         device=node.get("device", "disk"),
         chain=tuple(chain),
         complete=complete,
+        read_only=node.find("readonly") is not None,
+        sector=_sector(node),
     )
+
+
+def _sector(node: ET.Element) -> int:
+    blockio = node.find("blockio")
+    text = blockio.get("logical_block_size", "") if blockio is not None else ""
+    return int(text) if text.isdecimal() and int(text) else 512
 
 
 def _image(node: ET.Element) -> Optional[Image]:
