@@ -110,14 +110,14 @@ def sector_size(disk: Disk) -> int | None:
     return None
 
 
-def read(disk: Disk, sector: int = SECTOR) -> dict[int, Partition]:
+def read(disk: Disk, sector: int = SECTOR, *, backup: bool = True) -> dict[int, Partition]:
     """The partitions by number, from 1; they may end past the end of the disk.
 
-    The backup table is read, with a warning, when the primary one is damaged. Raises Error if
-    there is no valid table.
+    The backup table is read, with a warning, when the primary one is damaged, unless backup is
+    false. Raises Error if there is no valid table.
     """
-    failures = []
-    for lba in 1, disk.size // sector - 1:
+    failures: list[str] = []
+    for lba in (1, disk.size // sector - 1) if backup else (1,):
         try:
             partitions = _read_table(disk, sector, lba)
         except ValueError as error:
@@ -126,7 +126,15 @@ def read(disk: Disk, sector: int = SECTOR) -> dict[int, Partition]:
         if failures:
             warn(f"{disk.description}: {failures[0]}; the backup at its end is used")
         return partitions
-    raise Error(f"{disk.description}: {failures[0]} (and in the backup: {failures[1]})")
+    if backup:
+        failures[0] += f" (and in the backup: {failures[1]})"
+    raise Error(f"{disk.description}: {failures[0]}")
+
+
+def limits(disk: Disk, sector: int = SECTOR) -> tuple[int, int, int]:
+    """What a valid primary header says: first and last usable sector, bytes of an entry."""
+    fields = _HEADER.unpack(read_bytes(disk, sector, _HEADER.size))
+    return fields[7], fields[8], fields[12]
 
 
 def _read_table(disk: Disk, sector: int, lba: int) -> dict[int, Partition]:

@@ -46,7 +46,7 @@ def read(disk: Disk, sector: int = 512) -> dict[int, Partition] | None:
     logical = 5
     for number, (_, kind, start, count) in enumerate(table, 1):
         if kind in _EXTENDED and count:
-            for entry in _chain(disk, sector, start):
+            for entry in _chain(disk, sector, start, count):
                 add(logical, *entry)
                 logical += 1
                 if logical > _MAX_LOGICAL:
@@ -66,11 +66,12 @@ def _table(disk: Disk, start: int) -> list[tuple[int, int, int, int]] | None:
     return list(_ENTRY.iter_unpack(block[446:510]))
 
 
-def _chain(disk: Disk, sector: int, extended: int) -> list[tuple[int, int, int]]:
-    """(type, first sector, sectors) of the logical partitions of the extended one at a sector."""
+def _chain(disk: Disk, sector: int, extended: int, length: int) -> list[tuple[int, int, int]]:
+    """(type, first sector, sectors) of the logical partitions of an extended one."""
     found = []
     seen: set[int] = set()
     link: int | None = extended
+    room = length  # sectors of what the link leads to
     while link is not None:
         table = _table(disk, link * sector)
         if table is None:
@@ -83,11 +84,16 @@ def _chain(disk: Disk, sector: int, extended: int) -> list[tuple[int, int, int]]
         if link in seen or len(seen) > _MAX_LOGICAL:
             raise Error(f"{disk.description}: the chain of logical partitions has a loop")
         seen.add(link)
-        following = None
-        for _, kind, start, count in table:
+        following, this_room = None, room
+        for index, (_, kind, start, count) in enumerate(table):
             if kind in _EXTENDED and count:
-                following = extended + start if following is None else following
+                if following is None:
+                    following, room = extended + start, count
             elif kind and count:
-                found.append((kind, link + start, count))
+                # The last two entries may have garbage in them.
+                inside = start + count <= this_room
+                inside &= extended <= link + start <= extended + length - count
+                if index < 2 or inside:
+                    found.append((kind, link + start, count))
         link = following
     return found
