@@ -59,7 +59,9 @@ SUPERBLOCK_OFFSET = 1024
 MAGIC = 0xEF53
 STATE_VALID = 1
 ERRORS_CONTINUE = 1
-DYNAMIC_REVISION = 1
+OS_HURD = 1
+CHECKSUM_CRC32C = 1
+GOOD_OLD_REVISION, DYNAMIC_REVISION = 0, 1
 DEFAULT_MOUNT_OPTIONS = 0x4 | 0x8  # user_xattr, acl
 HASH_HALF_MD4 = 1
 FLAG_UNSIGNED_HASH = 2
@@ -73,10 +75,24 @@ DIRDATA, CSUM_SEED, LARGEDIR, INLINE_DATA = 0x1000, 0x2000, 0x4000, 0x8000
 ENCRYPT, CASEFOLD = 0x10000, 0x20000
 # s_feature_ro_compat
 SPARSE_SUPER, LARGE_FILE, HUGE_FILE, GDT_CSUM = 0x1, 0x2, 0x8, 0x10
-DIR_NLINK, EXTRA_ISIZE, METADATA_CSUM = 0x20, 0x40, 0x400
+DIR_NLINK, EXTRA_ISIZE, QUOTA, BIGALLOC = 0x20, 0x40, 0x100, 0x200
+METADATA_CSUM, READONLY, PROJECT, SHARED_BLOCKS = 0x400, 0x1000, 0x2000, 0x4000
+VERITY, ORPHAN_PRESENT = 0x8000, 0x10000
 
-# ---- block group descriptor of 32 bytes: the blocks of block bitmap, inode bitmap and inode table,
-# the numbers of free blocks, free inodes and directories, flags
+# ---- block group descriptor: s_desc_size bytes with 64bit, else the first 32
+GROUP_DESCRIPTOR = Record(
+    "GroupDescriptor",
+    """bg_block_bitmap_lo:I bg_inode_bitmap_lo:I bg_inode_table_lo:I bg_free_blocks_count_lo:H
+    bg_free_inodes_count_lo:H bg_used_dirs_count_lo:H bg_flags:H bg_exclude_bitmap_lo:I
+    bg_block_bitmap_csum_lo:H bg_inode_bitmap_csum_lo:H bg_itable_unused_lo:H bg_checksum:H
+    bg_block_bitmap_hi:I bg_inode_bitmap_hi:I bg_inode_table_hi:I bg_free_blocks_count_hi:H
+    bg_free_inodes_count_hi:H bg_used_dirs_count_hi:H bg_itable_unused_hi:H
+    bg_exclude_bitmap_hi:I bg_block_bitmap_csum_hi:H bg_inode_bitmap_csum_hi:H bg_reserved:I""",
+)
+DESCRIPTOR_SIZE = 32
+BG_CHECKSUM = 30
+# The first 32 bytes: the blocks of block bitmap, inode bitmap and inode table, the numbers of free
+# blocks, free inodes and directories, flags
 PACK_DESCRIPTOR = struct.Struct("<IIIHHHH12x").pack
 
 # ---- inode: s_inode_size bytes, what is past 128 + i_extra_isize holds extended attributes
@@ -97,15 +113,28 @@ EXTRA_ISIZE_BYTES = 32
 XATTR_OFFSET = 128 + EXTRA_ISIZE_BYTES
 I_LINKS_COUNT, I_BLOCKS_LO, I_FLAGS, I_BLOCK, I_FILE_ACL_LO = 26, 28, 32, 40, 104
 I_SIZE_LO, I_SIZE_HIGH, I_BLOCKS_HIGH = 4, 108, 116
+I_CHECKSUM_LO, I_CHECKSUM_HI = 124, 130
+GOOD_OLD_INODE_SIZE = 128
 
 ROOT, RESIZE, JOURNAL, FIRST = 2, 7, 8, 11  # inode numbers
-EXTENTS_FL, HUGE_FILE_FL, INLINE_DATA_FL, ENCRYPT_FL = 0x80000, 0x40000, 0x10000000, 0x800
+# i_flags
+SECRM_FL, UNRM_FL, COMPR_FL, SYNC_FL, IMMUTABLE_FL, APPEND_FL = 0x1, 0x2, 0x4, 0x8, 0x10, 0x20
+NODUMP_FL, NOATIME_FL, COMPRBLK_FL, ENCRYPT_FL, INDEX_FL = 0x40, 0x80, 0x200, 0x800, 0x1000
+JOURNAL_DATA_FL, NOTAIL_FL, DIRSYNC_FL, TOPDIR_FL = 0x4000, 0x8000, 0x10000, 0x20000
+HUGE_FILE_FL, EXTENTS_FL, VERITY_FL, EA_INODE_FL = 0x40000, 0x80000, 0x100000, 0x200000
+DAX_FL, INLINE_DATA_FL, PROJINHERIT_FL, CASEFOLD_FL = 0x2000000, 0x10000000, 0x20000000, 0x40000000
 LINK_MAX = 65000
 DIRECT_BLOCKS = 12
 TIME_MIN, TIME_MAX = -(1 << 31), (1 << 34) - (1 << 31) - 1  # seconds: 1901 to 2446
 
 # ---- directory entry: inode, rec_len, name_len, file_type, then the name
 DIRECTORY_ENTRY = struct.Struct("<IHBB")
+# the last 12 bytes of a directory block that has a checksum (metadata_csum)
+DIRECTORY_TAIL = Record(
+    "DirectoryTail",
+    "det_reserved_zero1:I det_rec_len:H det_reserved_zero2:B det_reserved_ft:B det_checksum:I",
+)
+DIRECTORY_TAIL_TYPE = 0xDE
 # file_type of a directory entry, by the top four bits of the mode
 FILE_TYPE = {0o10: 1, 0o04: 2, 0o02: 3, 0o06: 4, 0o01: 5, 0o14: 6, 0o12: 7}
 
@@ -141,7 +170,7 @@ JOURNAL_SUPERBLOCK = Record(
     order=">",
 )
 JOURNAL_MAGIC = 0xC03B3998
-JOURNAL_SUPERBLOCK_V2 = 4
+JOURNAL_SUPERBLOCK_V1, JOURNAL_SUPERBLOCK_V2 = 3, 4
 JOURNAL_MIN_BLOCKS = 1024
 
 _DEVICE_MAX = (1 << 12) - 1, (1 << 20) - 1
