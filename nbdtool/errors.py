@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 verbose = False  # -v: debug() prints, and faults come with their traceback
+unfinished_line = False  # a line of progress is on the terminal
 
 
 class Error(Exception):
@@ -21,13 +22,17 @@ class UsageError(Error):
 
 def tell(line: str) -> None:
     """Print a line on standard error as it is, but for what a terminal would obey."""
-    # Names come from images and clients.
-    line = "".join(c if c.isprintable() else _escaped(c) for c in line)
+    start = "\r\x1b[K" if unfinished_line else ""
     try:
-        sys.stderr.write(line + "\n")
+        sys.stderr.write(f"{start}{printable(line)}\n")
         sys.stderr.flush()
     except (AttributeError, OSError, ValueError):
         pass  # nobody reads it
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey escaped: names come from images and clients."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
 def _escaped(c: str) -> str:
@@ -51,12 +56,16 @@ def debug(text: str, exc: BaseException | None = None) -> None:
             traceback.print_exception(type(exc), exc, exc.__traceback__)
 
 
-def fail(exc: BaseException) -> None:
-    """Print the one line of what ends the run."""
-    text = str(exc)
+def describe(exc: BaseException) -> str:
+    """What went wrong, without the number of an OSError."""
     if isinstance(exc, OSError) and exc.strerror:
-        text = f"{exc.filename}: {exc.strerror}" if exc.filename else exc.strerror
-    tell(f"nbdtool: error: {text}")
+        return f"{exc.filename}: {exc.strerror}" if exc.filename else exc.strerror
+    return str(exc)
+
+
+def fail(exc: BaseException) -> None:
+    """Print the one line of what failed."""
+    tell(f"nbdtool: error: {describe(exc)}")
     debug("where it came from:", exc)
 
 
