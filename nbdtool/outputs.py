@@ -18,7 +18,7 @@ from nbdtool.disk import FileSpan, SpanFile
 from nbdtool.errors import Error
 from nbdtool.replacement import closing, replacement
 
-_CHUNK = 1 << 20  # bytes copied through memory at once
+CHUNK = 1 << 20  # bytes copied through memory at once
 _RUN = 128 << 20  # bytes that one system call zeroes at most
 _BLKZEROOUT = 0x127F  # linux/fs.h
 
@@ -35,21 +35,28 @@ class SourceError(Error):
 
 
 @contextlib.contextmanager
-def open_output(target: str, size: int) -> Iterator[Stream]:
+def open_output(target: str, size: int, *, inside: bool = False) -> Iterator[Stream]:
     """The output at `target`, a path or "-" for standard output, of `size` bytes. Raises OSError.
 
     A regular file appears, or takes the place of an old one, once the block ends without an
-    exception; what isn't regular is written in place.
+    exception; what isn't regular is written in place. Regular files and block devices can be read
+    as well. `inside` takes nothing but a regular file, and follows no link out of its directory.
     """
     if target == "-":
         yield _standard_output()
         return
-    kind = _file_type(target)
+    if inside:
+        refuse_special(target)
+        folder, name = os.path.split(target)
+        with replacement(os.path.join(os.path.realpath(folder), name)) as fd:
+            yield RegularFile(fd)
+        return
+    kind = file_type(target)
     if kind == stat.S_IFREG:
         with replacement(os.path.realpath(target)) as fd:
             yield RegularFile(fd)
     elif kind == stat.S_IFBLK:
-        with closing(os.open(target, os.O_WRONLY | os.O_EXCL)) as fd:
+        with closing(os.open(target, os.O_RDWR | os.O_EXCL)) as fd:
             yield BlockDevice(fd, size)
     else:
         with closing(os.open(target, os.O_WRONLY | os.O_NOCTTY)) as fd:
@@ -59,6 +66,8 @@ def open_output(target: str, size: int) -> Iterator[Stream]:
 
 class Stream:
     """A descriptor that takes bytes in order."""
+
+    step = _RUN  # bytes of zeroes that are quick enough at once for a progress to be shown
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -91,18 +100,11 @@ class Stream:
                 done += count
         except OSError:
             pass  # the kernel can't, or what is wrong shows below
-        if done < length:
-            buffer = memoryview(bytearray(min(length - done, _CHUNK)))
-            while done < length:
-                count = _read_into(buffer[: length - done], file, position + done)
-                done += self.write(offset + done, [buffer[:count]])
-        try:
-            file.check()
-        except OSError as error:
-            raise SourceError.of(error) from error
+        for data in read_file(FileSpan(file, position + done, length - done)):
+            done += self.write(offset + done, [data])
 
     def write_zeroes(self, offset: int, length: int) -> None:
-        zeroes = memoryview(bytes(min(length, _CHUNK)))
+        zeroes = memoryview(bytes(min(length, CHUNK)))
         end = offset + length
         while offset < end:
             offset += self.write(offset, [zeroes[: end - offset]])
@@ -111,18 +113,36 @@ class Stream:
         """All `size` bytes were written: see that they stay."""
 
 
-def _read_into(buffer: memoryview, file: SpanFile, position: int) -> int:
+def read_file(span: FileSpan, buffers: int = 1) -> Iterator[memoryview]:
+    """The bytes of a span in pieces, which stay for as long as `buffers` says: 1 up to the next.
+
+    Raises SourceError, at last if the file changed meanwhile.
+    """
+    file, position, length = span
+    ready: list[memoryview] = []
+    while length:
+        if len(ready) < buffers:
+            ready.append(memoryview(bytearray(min(length, CHUNK))))
+        buffer = ready.pop(0)
+        ready.append(buffer)
+        try:
+            count = os.preadv(file.fd, [buffer[:length]], position)
+        except OSError as error:
+            raise SourceError(f"{file.name}: {error.strerror}") from error
+        if not count:
+            raise SourceError(f"{file.name}: ends early, at byte {position}")
+        yield buffer[:count]
+        position, length = position + count, length - count
     try:
-        count = os.preadv(file.fd, [buffer], position)
+        file.check()
     except OSError as error:
-        raise SourceError(f"{file.name}: {error.strerror}") from error
-    if not count:
-        raise SourceError(f"{file.name}: ends early, at byte {position}")
-    return count
+        raise SourceError.of(error) from error
 
 
 class RegularFile(Stream):
     """A regular file from `base`, its end, onwards."""
+
+    step = 1 << 62
 
     def __init__(self, fd: int, base: int = 0) -> None:
         super().__init__(fd)
@@ -145,6 +165,8 @@ class RegularFile(Stream):
 
 class BlockDevice(RegularFile):
     """A block device, written from its start; what lies behind the disk is left alone."""
+
+    step = _RUN
 
     def __init__(self, fd: int, size: int) -> None:
         super().__init__(fd)
@@ -186,7 +208,7 @@ def _refuse_terminal(fd: int) -> None:
         raise OSError(errno.EINVAL, "a disk isn't written to a terminal; give a file or a pipe")
 
 
-def _file_type(path: str) -> int:
+def file_type(path: str) -> int:
     """The type of a file, links followed; that of a regular file if there is none."""
     try:
         kind = stat.S_IFMT(os.stat(path).st_mode)
@@ -197,3 +219,16 @@ def _file_type(path: str) -> int:
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     return kind
+
+
+def refuse_special(path: str) -> None:
+    """OSError if there is something other than a regular file, such as a symbolic link."""
+    try:
+        kind = stat.S_IFMT(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return
+    if kind != stat.S_IFREG:
+        what = (
+            "a symbolic link, which isn't followed" if kind == stat.S_IFLNK else "no regular file"
+        )
+        raise OSError(errno.EEXIST, f"is {what}: remove it first")

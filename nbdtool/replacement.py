@@ -22,7 +22,7 @@ def closing(fd: int) -> Iterator[int]:
 def replacement(path: str) -> Iterator[int]:
     """A descriptor of a new, empty file, which is put at `path` if nothing is raised.
 
-    path is absolute and free of symbolic links. The owner and the mode of an old file are kept;
+    path is absolute and free of symbolic links; The owner and the mode of an old file are kept;
     OSError if they can't be, or if we couldn't write to it.
     """
     folder, name = os.path.split(path)
@@ -48,20 +48,20 @@ def _new_file(folder: str, temporary: str, directory: int, mode: int) -> int:
     """Open an unnamed file, or a named one where an unnamed one can't be had or linked."""
     if os.path.exists("/proc/self/fd"):
         try:
-            return os.open(folder, os.O_TMPFILE | os.O_WRONLY, mode)
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR, mode)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
                 raise
-    return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode, dir_fd=directory)
+    return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, mode, dir_fd=directory)
 
 
 def _old_file(path: str) -> os.stat_result | None:
     """The file that will be replaced, if there is one; OSError if we couldn't write to it."""
     try:
-        old = os.stat(path)
+        old = os.lstat(path)
     except FileNotFoundError:
         return None
-    os.close(os.open(path, os.O_WRONLY))
+    os.close(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
     return old
 
 

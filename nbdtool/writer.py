@@ -31,36 +31,71 @@ _HOLE = 4096  # bytes that a hole has at least
 Run = Union[list[Memory], FileSpan, ZeroSpan]
 
 
-def write_disk(disk: Disk, target: str) -> None:
+def write_disk(
+    disk: Disk,
+    target: str,
+    *,
+    verify: bool = False,
+    digest: bool = False,
+    inside: bool = False,
+    subject: str = "",
+) -> str:
     """Write a disk to `target`: a path, or "-" for standard output. Raises Error.
 
     A regular file appears, or takes the place of an old one, only once it is complete and on stable
     storage: neither a failure nor a kill leaves a part of it. What isn't regular is written in
-    place.
+    place. `inside` is outputs.open_output's; progress names the subject.
+
+    verify compares the target, a regular file or a block device, with the disk before that. digest
+    has the SHA-256 of what was written returned in hexadecimal, "" otherwise.
     """
     name = "standard output" if target == "-" else target
-    with _naming(name), open_output(target, disk.size) as output:
-        _copy(disk, output)
+    with _naming(name), open_output(target, disk.size, inside=inside) as output:
+        progress = Progress("writing", disk.size, file=target, subject=subject)
+        result = _copy(disk, output, progress, digest and not verify)
+        if verify:
+            from nbdtool.verification import Comparison
+
+            progress = Progress("verifying", disk.size, file=target, subject=subject)
+            result = _copy(disk, Comparison(output.fd), progress, digest)
+        return result
+
+
+def hash_disk(disk: Disk, file: str, *, subject: str = "") -> str:
+    """The SHA-256 of a disk in hexadecimal. Raises Error."""
+    from nbdtool.verification import Sink
+
+    progress = Progress("hashing", disk.size, file=file, subject=subject)
+    return _copy(disk, Sink(), progress, digest=True)
 
 
 # The spans of a disk, gathered into runs
 
 
-def _copy(disk: Disk, output: Stream) -> None:
-    """Write all of a disk."""
+def _copy(disk: Disk, output: Stream, progress: Progress, digest: bool) -> str:
+    """Write all of a disk; returns its SHA-256 if it is wanted."""
+    if digest:
+        from nbdtool.verification import Digest
+
+        with Digest(output) as hashed:
+            _copy(disk, hashed, progress, digest=False)
+        return hashed.hexdigest
     offset = 0
-    with Progress("writing", disk.size) as progress:
+    with progress:
         for run in _runs(_spans(disk)):
             if isinstance(run, FileSpan):
                 output.write_file(offset, run)
                 offset += run.length
             elif isinstance(run, ZeroSpan):
-                output.write_zeroes(offset, run.length)
+                for at in range(offset, offset + run.length, output.step):
+                    output.write_zeroes(at, min(offset + run.length - at, output.step))
+                    progress.update(at)
                 offset += run.length
             else:
                 offset += output.write(offset, run)
             progress.update(offset)
         output.finish(offset)
+    return ""
 
 
 def _spans(disk: Disk) -> Iterator[Span]:
