@@ -122,8 +122,9 @@ def read_file(span: FileSpan, buffers: int = 1) -> Iterator[memoryview]:
     ready: list[memoryview] = []
     while length:
         if len(ready) < buffers:
-            ready.append(memoryview(bytearray(min(length, CHUNK))))
-        buffer = ready.pop(0)
+            buffer = memoryview(bytearray(min(length, CHUNK)))
+        else:
+            buffer = ready.pop(0)
         ready.append(buffer)
         try:
             count = os.preadv(file.fd, [buffer[:length]], position)

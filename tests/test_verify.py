@@ -16,6 +16,7 @@ import pytest
 from nbdtool import writer
 from nbdtool.disk import FileSpan, Span, ZeroSpan, span_bytes
 from nbdtool.errors import Error
+from nbdtool.outputs import read_file
 from tests.span_disk import SpanDisk, mixed_disk, span_file
 
 MIB = 1 << 20
@@ -88,6 +89,15 @@ def test_digest_is_that_of_all_bytes(
         assert target.read_bytes()[: disk.size] == disk.content()
     if not verify:
         assert writer.write_disk(disk, "/dev/null", digest=True) == expected
+
+
+def test_what_is_read_of_a_file_stays_until_it_is_hashed(tmp_path: Path) -> None:
+    data = random.Random(1).randbytes(9 * MIB + 1000)
+    kept: list[memoryview] = []
+    for piece in read_file(FileSpan(span_file(tmp_path / "source", data), 500, 9 * MIB), buffers=6):
+        kept.append(piece)
+        assert b"".join(kept[-6:]) == data[500:][: len(kept) * MIB][-6 * MIB :]
+    assert len({id(piece.obj) for piece in kept}) == 6, "the memory isn't used again"
 
 
 def test_digest_of_nothing(folder: Path) -> None:
