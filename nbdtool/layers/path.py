@@ -27,7 +27,7 @@ def open(disk: Disk, value: str, args: argparse.Namespace) -> Disk:
     try:
         return open_path(disk, value)
     except Uncertain as exc:
-        raise Error(f"{exc}; nbdtool guestfs reads such filesystems with libguestfs") from None
+        raise Error(f"{exc}; nbdtool guestfs may be able to read it") from None
 
 
 def open_path(disk: Disk, path: Union[bytes, str], description: str = "") -> Disk:
