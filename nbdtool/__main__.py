@@ -82,6 +82,7 @@ def _run(argv: list[str]) -> int:
     if command is None:
         names = ", ".join(options.command_names())
         raise errors.UsageError(f"which source? One of {names}; see --help")
+    cli.settle(args)
     if getattr(args, "list", False):
         print(options.command_module(command).listing(args), end="")
         return 0
@@ -101,18 +102,10 @@ def _serve(command: str, args: argparse.Namespace) -> int:
 
 
 def _write(command: str, args: argparse.Namespace) -> int:
-    from nbdtool import writer
-    from nbdtool.errors import UsageError
+    from nbdtool import copying
 
-    for option in ("port", "ip_addr", "unix", "stdin", "run", "fork", "pid_file"):
-        if getattr(args, option) not in (None, False):
-            raise UsageError(f"--to-file writes and exits; --{option.replace('_', '-')} serves")
-    with _opened(command, args) as disks:
-        if len(disks) > 1:
-            raise UsageError(f"--to-file writes one disk, here are {', '.join(disks)}; choose one")
-        (disk,) = disks.values()
-        writer.write_disk(disk, args.to_file)
-    return 0
+    with copying.reporting(args) as files, _opened(command, args) as disks:
+        return copying.copy_disks(disks, args, files)
 
 
 @contextlib.contextmanager

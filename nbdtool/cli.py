@@ -8,7 +8,9 @@ the whole as one list.
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import stat
 import sys
 from collections.abc import Iterable
 from types import ModuleType
@@ -155,6 +157,66 @@ def _near(name: str, known: Iterable[str], parser: Parser) -> str:
 # What the command line asks for
 
 
+def settle(args: argparse.Namespace) -> None:
+    """UsageError for options that don't go together: found before a source is opened.
+
+    With --to-dir, args.to_file becomes the target of a disk without a name.
+    """
+    if args.to_dir is not None:
+        if args.to_file is not None:
+            raise UsageError("--to-file and --to-dir: choose one")
+        args.to_file = os.path.join(args.to_dir, "disk.img")
+    writes = args.to_file is not None
+    for needed, there, names in (
+        ("--to-file or --to-dir", writes, ("verify", "sha256", "rescue")),
+        ("--to-file, --to-dir or --list", writes or getattr(args, "list", False), ("json",)),
+        ("--rescue", args.rescue is not None, ("retries", "read_timeout", "fill")),
+    ):
+        for name in () if there else names:
+            if _given(args, name):
+                raise UsageError(f"{_spelling(name)}: needs {needed}")
+    for name in ("port", "ip_addr", "unix", "stdin", "run", "fork", "pid_file") if writes else ():
+        if _given(args, name):
+            option = "--to-file" if args.to_dir is None else "--to-dir"
+            raise UsageError(f"{option} writes and exits; {_spelling(name)} serves")
+    if args.verify:
+        _refuse_stream(args.to_file)
+    if args.rescue is not None:
+        _refuse_with_rescue(args)
+
+
+def _given(args: argparse.Namespace, name: str) -> bool:
+    return bool(getattr(args, name) != args.parser.get_default(name))
+
+
+def _spelling(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _refuse_stream(target: str) -> None:
+    from nbdtool.outputs import file_type
+
+    try:
+        kind = stat.S_IFIFO if target == "-" else file_type(target)
+    except OSError:
+        return  # the writer says so
+    if kind not in (stat.S_IFREG, stat.S_IFBLK):
+        raise UsageError(f"--verify: {target} can't be read back; give a file or a block device")
+
+
+def _refuse_with_rescue(args: argparse.Namespace) -> None:
+    if args.verify:
+        raise UsageError("--verify would read a failing source again; --sha256 reads the target")
+    if args.to_file == "-":
+        raise UsageError("--rescue writes in no order, so that - won't do; give a file")
+    # Behind a file's name in the directory: nothing else may come of it.
+    if args.to_dir is not None and not re.fullmatch(r"(?!img)[\w-]+", args.rescue, re.ASCII):
+        raise UsageError(
+            f"--rescue={args.rescue}: with --to-dir, this is the ending of the maps' names, such as"
+            " map"
+        )
+
+
 def open_disks(command: str, args: argparse.Namespace) -> dict[str, Disk]:
     """Open the source and put the layers on it, each export apart.
 
@@ -211,8 +273,7 @@ def _refuse_idle(args: argparse.Namespace, chain: list[tuple[ModuleType, Any]]) 
     for name, layer in args.parser.configures.items():
         if not hasattr(layer, "OPTION") or layer in there:
             continue
-        dest = args.parser.option(name).dest
-        if getattr(args, dest) != args.parser.get_default(dest):
+        if _given(args, args.parser.option(name).dest):
             raise UsageError(f"{name}: needs {layer.OPTION} or --filter={layer.FILTER}")
 
 

@@ -142,12 +142,28 @@ class _AddLayer(argparse.Action):
 def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what to do").add_argument
     add("--to-file", metavar="PATH", help="write the disk to PATH (- is standard output) and exit")
+    add("--to-dir", metavar="DIR", help="write each disk to a file of its own in DIR and exit")
     add("--run", metavar="CMD", help="serve while CMD runs in a shell, to it alone")
     add("-r", "--read-only", "--readonly", action="store_true", help="refuse writes")
     add("--help", action="store_true", help="print this help and exit")
     add("-V", "--version", action="store_true", help="print the version and exit")
     add("--dump-config", action="store_true", help="print how nbdtool is set up and exit")
     add("-v", "--verbose", action="store_true", help="print what happens")
+
+    group = parser.add_argument_group("how to write")
+    add = group.add_argument
+    add("--verify", action="store_true", help="read back what was written, and compare")
+    add("--sha256", action="store_true", help="print the digest of what was written")
+    add("--rescue", metavar="MAPFILE", help="read a failing source as ddrescue does; MAPFILE, in"
+        " its format, keeps what is done, to go on with")  # fmt: skip
+    add("--retries", type=values.count("retries", 0, 1 << 20), default=0, metavar="N",
+        help="of what is bad in the end (0)")  # fmt: skip
+    add("--read-timeout", type=_seconds, default=60.0, metavar="SECONDS",
+        help="a read that takes longer is an error (60)")  # fmt: skip
+    add("--fill", type=values.pattern, default=b"", metavar="BYTES",
+        help="instead of holes for what is bad: a text, or hexadecimal after 0x")  # fmt: skip
+    values.add_flag(group, "--json", help="how far it is each second, or what --list prints, as"
+        " JSON")  # fmt: skip
 
     add = parser.add_argument_group("where to listen").add_argument
     add("-p", "--port", type=_port, help="the TCP port (10809); 0 is one that is free")
@@ -200,5 +216,5 @@ def _mode(text: str) -> int:
 def _seconds(text: str) -> float:
     value = values.seconds(text)
     if not value:
-        raise argparse.ArgumentTypeError("no time is no time for a handshake")
+        raise argparse.ArgumentTypeError("no time is not enough")
     return value

@@ -12,14 +12,14 @@ import os
 import stat
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Union
+from typing import Callable, Union
 
 from nbdtool.disk import FileSpan, SpanFile
 from nbdtool.errors import Error
 from nbdtool.replacement import closing, replacement
 
 CHUNK = 1 << 20  # bytes copied through memory at once
-_RUN = 128 << 20  # bytes that one system call zeroes at most
+_PIECE = 32 << 20  # bytes that one system call copies or zeroes at most
 _BLKZEROOUT = 0x127F  # linux/fs.h
 
 Memory = Union[bytes, memoryview]
@@ -65,12 +65,14 @@ def open_output(target: str, size: int, *, inside: bool = False) -> Iterator[Str
 
 
 class Stream:
-    """A descriptor that takes bytes in order."""
+    """A descriptor that takes bytes in order.
 
-    step = _RUN  # bytes of zeroes that are quick enough at once for a progress to be shown
+    While one call takes long, it tells `moved` up to which offset it got.
+    """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self.moved: Callable[[int], object] = lambda offset: None
 
     def _writev(self, parts: Sequence[Memory], offset: int) -> int:
         return os.writev(self.fd, parts)
@@ -98,16 +100,19 @@ class Stream:
                 if not count:
                     break
                 done += count
+                self.moved(offset + done)
         except OSError:
             pass  # the kernel can't, or what is wrong shows below
         for data in read_file(FileSpan(file, position + done, length - done)):
             done += self.write(offset + done, [data])
+            self.moved(offset + done)
 
     def write_zeroes(self, offset: int, length: int) -> None:
         zeroes = memoryview(bytes(min(length, CHUNK)))
         end = offset + length
         while offset < end:
             offset += self.write(offset, [zeroes[: end - offset]])
+            self.moved(offset)
 
     def finish(self, size: int) -> None:
         """All `size` bytes were written: see that they stay."""
@@ -121,10 +126,8 @@ def read_file(span: FileSpan, buffers: int = 1) -> Iterator[memoryview]:
     file, position, length = span
     ready: list[memoryview] = []
     while length:
-        if len(ready) < buffers:
-            buffer = memoryview(bytearray(min(length, CHUNK)))
-        else:
-            buffer = ready.pop(0)
+        new = len(ready) < buffers
+        buffer = memoryview(bytearray(min(length, CHUNK))) if new else ready.pop(0)
         ready.append(buffer)
         try:
             count = os.preadv(file.fd, [buffer[:length]], position)
@@ -143,8 +146,6 @@ def read_file(span: FileSpan, buffers: int = 1) -> Iterator[memoryview]:
 class RegularFile(Stream):
     """A regular file from `base`, its end, onwards."""
 
-    step = 1 << 62
-
     def __init__(self, fd: int, base: int = 0) -> None:
         super().__init__(fd)
         self.base = base
@@ -153,6 +154,7 @@ class RegularFile(Stream):
         return os.pwritev(self.fd, parts, self.base + offset)
 
     def _transfer(self, file: SpanFile, position: int, length: int, offset: int) -> int:
+        length = min(length, _PIECE)
         return os.copy_file_range(file.fd, self.fd, length, position, self.base + offset)
 
     def write_zeroes(self, offset: int, length: int) -> None:
@@ -167,8 +169,6 @@ class RegularFile(Stream):
 class BlockDevice(RegularFile):
     """A block device, written from its start; what lies behind the disk is left alone."""
 
-    step = _RUN
-
     def __init__(self, fd: int, size: int) -> None:
         super().__init__(fd)
         capacity = os.lseek(fd, 0, os.SEEK_END)
@@ -182,12 +182,13 @@ class BlockDevice(RegularFile):
             Stream.write_zeroes(self, offset, length)
             return
         Stream.write_zeroes(self, offset, start - offset)
-        for at in range(start, stop, _RUN):
-            length = min(_RUN, stop - at)
+        for at in range(start, stop, _PIECE):
+            length = min(_PIECE, stop - at)
             try:
                 fcntl.ioctl(self.fd, _BLKZEROOUT, struct.pack("QQ", at, length))
             except OSError:
                 Stream.write_zeroes(self, at, length)
+            self.moved(at + length)
         Stream.write_zeroes(self, stop, end - stop)
 
     def finish(self, size: int) -> None:

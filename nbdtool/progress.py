@@ -101,10 +101,7 @@ class Progress:
     def _left(self, now: float) -> float | None:
         """Seconds; None if nobody can tell."""
         average = self._average(now)
-        return self._rest() / average if self._total and average else None
-
-    def _rest(self) -> int:
-        return max(self._total - self.done, 0)
+        return max(self._total - self.done, 0) / average if self._total and average else None
 
     def _line(self, now: float) -> str:
         left = self._left(now)
@@ -160,8 +157,9 @@ class RescueProgress(Progress):
         self.bad, self.areas, self.phase = bad, areas, phase
         super().update(done)
 
-    def _rest(self) -> int:
-        return max(self._total - self.done - self.bad, 0)
+    def _left(self, now: float) -> float | None:
+        rate = self._rate(now)  # what is bad slows it down for long
+        return max(self._total - self.done, 0) / rate if rate else None
 
     def _parts(self, now: float) -> list[str]:
         *amounts, average = super()._parts(now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from typing import Any, Callable
 
@@ -36,6 +37,17 @@ def seconds(text: str) -> float:
     if not 0 <= value < 1e6:
         raise argparse.ArgumentTypeError(f"not a number of seconds: {text!r}")
     return value
+
+
+def pattern(text: str) -> bytes:
+    """The bytes of a text, or of 0x and pairs of hexadecimal digits; ArgumentTypeError if none."""
+    try:
+        data = bytes.fromhex(text[2:]) if text[:2] == "0x" else os.fsencode(text)
+    except ValueError:
+        data = b""
+    if not data:
+        raise argparse.ArgumentTypeError(f"no bytes: {text!r} (like BAD or 0xdeadbeef)")
+    return data
 
 
 def count(what: str, least: int, most: int) -> Callable[[str], int]:

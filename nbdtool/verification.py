@@ -15,6 +15,7 @@ from nbdtool.disk import ZEROES, FileSpan, SpanFile
 from nbdtool.outputs import CHUNK, Memory, SourceError, Stream, read_file
 
 _AHEAD = 4  # pieces that may wait for being hashed
+_ZEROES = 32 << 20  # bytes of zeroes in one of them
 
 
 class Comparison(Stream):
@@ -44,6 +45,7 @@ class Comparison(Stream):
         with _blaming(span.file):
             for data in read_file(span):
                 offset += self.write(offset, [data])
+                self.moved(offset)
 
     def write_zeroes(self, offset: int, length: int) -> None:
         end = offset + length
@@ -55,6 +57,7 @@ class Comparison(Stream):
                     return
             if offset < end:
                 offset += self.write(offset, [ZEROES[: min(end - offset, CHUNK)]])
+            self.moved(min(offset, end))
 
     def _read(self, offset: int, length: int) -> Any:
         """A bytearray: memoryviews compare byte by byte."""
@@ -146,10 +149,14 @@ class Digest(Stream):
         with _blaming(span.file):
             for data in read_file(span, buffers=_AHEAD + 2):
                 offset += self.write(offset, [data])
+                self.moved(offset)
 
     def write_zeroes(self, offset: int, length: int) -> None:
-        self._pieces.put(length)
-        self._output.write_zeroes(offset, length)
+        end = offset + length
+        for at in range(offset, end, _ZEROES):
+            self._pieces.put(min(_ZEROES, end - at))
+            self._output.write_zeroes(at, min(_ZEROES, end - at))
+            self.moved(at)
 
     def finish(self, size: int) -> None:
         self._output.finish(size)

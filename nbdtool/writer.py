@@ -81,15 +81,14 @@ def _copy(disk: Disk, output: Stream, progress: Progress, digest: bool) -> str:
             _copy(disk, hashed, progress, digest=False)
         return hashed.hexdigest
     offset = 0
+    output.moved = progress.update
     with progress:
         for run in _runs(_spans(disk)):
             if isinstance(run, FileSpan):
                 output.write_file(offset, run)
                 offset += run.length
             elif isinstance(run, ZeroSpan):
-                for at in range(offset, offset + run.length, output.step):
-                    output.write_zeroes(at, min(offset + run.length - at, output.step))
-                    progress.update(at)
+                output.write_zeroes(offset, run.length)
                 offset += run.length
             else:
                 offset += output.write(offset, run)

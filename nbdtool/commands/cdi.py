@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nbdtool.disk import Disk
 from nbdtool.errors import UsageError
-from nbdtool.values import add_flag, size
+from nbdtool.values import add_flag, count, size
 
 if TYPE_CHECKING:
     from nbdtool.registry.manifest import Image, Source
@@ -38,7 +38,6 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     )
     add_flag(parser, "--raw", help="with --find-disk, serve that file as it is")
     add_flag(parser, "--list", help="print the layers and their files, and exit")
-    add_flag(parser, "--json", help="with --list, as JSON")
     add("--platform", metavar="OS/ARCH[/VARIANT]", help="of an image for several (linux, this one)")
     add("--creds", metavar="USER[:PASSWORD]", help="log in to the registry; a password that is left"
         " out is asked for")  # fmt: skip
@@ -52,7 +51,13 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         "--insecure-policy",
         help="use images of which policy.json demands signatures, which aren't checked",
     )
-    add("--retry", type=_retries, default=3, metavar="N", help="tries after a failure (3)")
+    add(
+        "--retry",
+        type=count("retries", 0, 100),
+        default=3,
+        metavar="N",
+        help="tries after a failure (3)",
+    )
     add("--max-size", type=size, metavar="SIZE", help="refuse what is bigger, unpacked")
 
 
@@ -63,12 +68,6 @@ def _layer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"not a layer: {text!r} (like 0, 1 or -1)") from None
 
 
-def _retries(text: str) -> int:
-    if not text.isdecimal() or int(text) > 100:
-        raise argparse.ArgumentTypeError(f"not a number of retries: {text!r} (0 to 100)")
-    return int(text)
-
-
 def open(args: argparse.Namespace) -> dict[str, Disk]:
     from nbdtool.registry import fetch
 
@@ -76,8 +75,6 @@ def open(args: argparse.Namespace) -> dict[str, Disk]:
         raise UsageError("--find-disk finds the layer itself; leave out layer=")
     if args.raw and not args.find_disk:
         raise UsageError("--raw goes with --find-disk")
-    if args.json:
-        raise UsageError("--json goes with --list")
     source, image = _image(args)
     try:
         if args.find_disk:

@@ -28,7 +28,6 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     add("--connect", metavar="URI", default="", help="the hypervisor (libvirt's default)")
     add("--method", choices=_METHODS, default="auto", help="how the disk is read (auto)")
     add_flag(parser, "--list", help="print the guests and their disks, and exit")
-    add_flag(parser, "--json", help="with --list, as JSON")
     add(
         "--scratch-dir",
         metavar="DIR",
@@ -65,8 +64,6 @@ def open(args: argparse.Namespace) -> dict[str, Disk]:
 
     if args.domain is None:
         raise UsageError("which guest? Give its name: nbdtool libvirt DOMAIN (--list shows all)")
-    if args.json:
-        raise UsageError("--json goes with --list")
     link = Link(
         args.connect,
         read_only=args.method == "local",

@@ -141,7 +141,6 @@ def test_list(pushed: dict[str, str], cdi: Tool) -> None:
     [
         ("--find-disk", "layer=0"),
         ("--raw",),
-        ("--json",),
         ("--platform=linux",),
         ("--retry=x",),
         ("--creds=ann",),
