@@ -18,7 +18,7 @@ from nbdtool.errors import Error
 from nbdtool.ext import structures as s
 from nbdtool.ext.blocks import read_runs
 from nbdtool.ext.checksum import crc32c
-from nbdtool.ext.volume import DIRECTORY, KINDS, REGULAR, SYMLINK, Inode, Volume
+from nbdtool.ext.volume import DIRECTORY, KINDS, REGULAR, SYMLINK, Inode, Volume, overlapping
 
 _MAX_PATH = 4096
 _MAX_NAME = 255
@@ -130,6 +130,8 @@ class Filesystem:
         self._journal = sorted((start, start + n) for _, n, start in runs if start is not None)
         if inode.kind != REGULAR or not runs or runs[0].first or runs[0].start is None:
             raise volume.damage("it has no journal")
+        if overlapping(self._journal):
+            raise volume.damage("its journal overlaps itself")
         journal = s.JOURNAL_SUPERBLOCK.unpack(volume.read(runs[0].start))
         if (
             journal.h_magic != s.JOURNAL_MAGIC

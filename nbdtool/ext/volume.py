@@ -8,7 +8,7 @@ Source: the Linux kernel, Documentation/filesystems/ext4/ (super, group_descr, i
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from nbdtool.disk import Disk, read_bytes
@@ -61,6 +61,11 @@ KINDS = {
     SYMLINK: "a symbolic link",
     0o14: "a socket",
 }
+
+
+def overlapping(ranges: Sequence[tuple[int, int]]) -> bool:
+    """Whether any of these sorted (first, last + 1) have something in common."""
+    return any(before[1] > after[0] for before, after in zip(ranges, ranges[1:]))
 
 
 class Inode(NamedTuple):
@@ -273,7 +278,10 @@ class Volume:
         for zone in range(first, last + 1):
             if zone not in self._zones:
                 members = range(zone * groups, min((zone + 1) * groups, self.groups))
-                self._zones[zone] = sorted(part for n in members for part in self._parts(n))
+                parts = sorted(part for n in members for part in self._parts(n))
+                if overlapping(parts):
+                    raise self.damage("the metadata of its groups overlap")
+                self._zones[zone] = parts
             yield self._zones[zone]
 
     def _parts(self, number: int) -> Iterator[tuple[int, int]]:
@@ -290,7 +298,7 @@ class Volume:
             elif number % self._per_block in (0, 1, self._per_block - 1):
                 blocks += 1
         elif blocks:
-            blocks += self._descriptor_blocks
+            blocks += self._descriptor_blocks + self.superblock.s_reserved_gdt_blocks
         if blocks:
             yield start, start + blocks
 
