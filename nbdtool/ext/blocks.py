@@ -15,7 +15,7 @@ from nbdtool.ext import structures as s
 from nbdtool.ext.checksum import crc32c
 from nbdtool.ext.volume import Inode, Volume
 
-_MAX_RUNS = 1 << 20
+_MAX_RUNS = 1 << 19
 _MAX_DEPTH = 5
 _MAX_BLOCKS = (1 << 32) - 1  # that an extent tree can number
 
@@ -41,6 +41,7 @@ class _Reader:
     def __init__(self, volume: Volume, inode: Inode, reserved: Sequence[tuple[int, int]]) -> None:
         self._volume, self._inode, self._reserved = volume, inode, reserved
         self._nodes = 0  # blocks that describe others
+        self._gap = (0, 0)  # blocks that hold no metadata: (first, last + 1)
         self.runs: list[Run] = []
         extents = bool(inode.flags & s.EXTENTS_FL)
         if extents and not volume.incompat & s.EXTENTS:
@@ -72,14 +73,29 @@ class _Reader:
 
     def _checked(self, run: Run) -> Run:
         """The run, if it is inside the filesystem and holds no metadata of the filesystem."""
-        volume, start, count = self._volume, run.start or 0, run.blocks
-        if not volume.first < start < start + count <= volume.blocks:
-            raise self._damage(f"maps {count} blocks at {start}, of {volume.blocks}")
-        for zone in (self._reserved, *volume.metadata(start, count)):
-            at = bisect_right(zone, (start + count - 1, volume.blocks)) - 1
-            if at >= 0 and zone[at][1] > start:
-                raise self._damage(f"maps block {max(zone[at][0], start)}, which holds metadata")
+        start = run.start or 0
+        end = start + run.blocks
+        if self._gap[0] <= start and end <= self._gap[1]:  # mostly
+            return run
+        if not self._volume.first < start < end <= self._volume.blocks:
+            raise self._damage(f"maps {run.blocks} blocks at {start}, of {self._volume.blocks}")
+        while start < end:
+            self._gap = self._find_gap(start)
+            start = self._gap[1]
         return run
+
+    def _find_gap(self, block: int) -> tuple[int, int]:
+        """A block that holds no metadata, and those around it that don't either."""
+        low, high, metadata = self._volume.zone(block)
+        for ranges in metadata, self._reserved:
+            at = bisect_right(ranges, (block, self._volume.blocks))
+            if at:
+                if ranges[at - 1][1] > block:
+                    raise self._damage(f"maps block {block}, which holds metadata")
+                low = max(low, ranges[at - 1][1])
+            if at < len(ranges):
+                high = min(high, ranges[at][0])
+        return low, high
 
     # Extents
 
@@ -171,8 +187,9 @@ class _Reader:
             at += 1
             if not start:
                 continue
-            if pointers[begin:] == tuple(range(start, start + end - begin)):  # at once, mostly
-                at = end
+            last = start + end - 1 - begin
+            if pointers[-1] == last and pointers[begin:] == tuple(range(start, last + 1)):
+                at = end  # at once
             while at < end and pointers[at] == start + at - begin:
                 at += 1
             yield self._checked(Run(first + begin, at - begin, start))

@@ -125,7 +125,7 @@ class Filesystem:
             raise volume.doubt("the filesystem has its journal on another device")
         if number != s.JOURNAL:
             raise volume.damage(f"its journal is said to be inode {number}")
-        inode = volume.inode(number)
+        inode = volume.inode(number, s.JOURNAL)
         runs = read_runs(volume, inode)
         self._journal = sorted((start, start + n) for _, n, start in runs if start is not None)
         if inode.kind != REGULAR or not runs or runs[0].first or runs[0].start is None:
@@ -137,6 +137,7 @@ class Filesystem:
             journal.h_magic != s.JOURNAL_MAGIC
             or journal.h_blocktype not in (s.JOURNAL_SUPERBLOCK_V1, s.JOURNAL_SUPERBLOCK_V2)
             or journal.s_blocksize != volume.block_size
+            or not 0 < journal.s_first < journal.s_maxlen <= inode.size // volume.block_size
             or journal.s_errno
         ):
             raise volume.damage("the superblock of its journal is wrong")

@@ -265,24 +265,23 @@ class Volume:
     def _table_blocks(self) -> int:
         return self._inodes_per_group // (self.block_size // self.inode_size)
 
-    def metadata(self, start: int, count: int) -> Iterator[list[tuple[int, int]]]:
-        """Where metadata may be in the way of these blocks: lists of sorted (first, last + 1).
+    def zone(self, block: int) -> tuple[int, int, list[tuple[int, int]]]:
+        """The blocks [low, high) of the groups whose metadata lie together around a block.
 
-        They are those of the groups that the blocks are in, and of all that lie with these.
+        And where these are: sorted ranges (first, last + 1).
         """
         groups = 1
         if self.incompat & s.FLEX_BG:
             groups = min(1 << min(self.superblock.s_log_groups_per_flex, 31), _MAX_ZONE)
-        first = (start - self.first) // self._per_group // groups
-        last = (start + count - 1 - self.first) // self._per_group // groups
-        for zone in range(first, last + 1):
-            if zone not in self._zones:
-                members = range(zone * groups, min((zone + 1) * groups, self.groups))
-                parts = sorted(part for n in members for part in self._parts(n))
-                if overlapping(parts):
-                    raise self.damage("the metadata of its groups overlap")
-                self._zones[zone] = parts
-            yield self._zones[zone]
+        zone = (block - self.first) // self._per_group // groups
+        if zone not in self._zones:
+            members = range(zone * groups, min((zone + 1) * groups, self.groups))
+            parts = sorted(part for n in members for part in self._parts(n))
+            if overlapping(parts):
+                raise self.damage("the metadata of its groups overlap")
+            self._zones[zone] = parts
+        low = self.first + zone * groups * self._per_group
+        return low, min(low + groups * self._per_group, self.blocks), self._zones[zone]
 
     def _parts(self, number: int) -> Iterator[tuple[int, int]]:
         group = self._group(number)
@@ -304,10 +303,19 @@ class Volume:
 
     # Inodes
 
-    def inode(self, number: int) -> Inode:
-        """The inode of that number, whose data are the blocks that it maps."""
-        reserved = number < self._first_inode and number not in (s.ROOT, s.JOURNAL)
-        if reserved or not 0 < number <= self.superblock.s_inodes_count:
+    def inode(self, number: int, own: int = s.ROOT) -> Inode:
+        """The inode of that number, whose data are the blocks that it maps.
+
+        own: the reserved one that it may be.
+        """
+        sb = self.superblock
+        reserved = number < self._first_inode or number in (
+            sb.s_usr_quota_inum,
+            sb.s_grp_quota_inum,
+            sb.s_prj_quota_inum,
+            sb.s_orphan_file_inum,
+        )
+        if (reserved and number != own) or not 0 < number <= self.superblock.s_inodes_count:
             raise self.damage(f"a name leads to inode {number}, which can't be")
         group, index = divmod(number - 1, self._inodes_per_group)
         block, place = divmod(index, self.block_size // self.inode_size)
