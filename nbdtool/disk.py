@@ -101,11 +101,15 @@ class Extent(NamedTuple):
     state: int
 
 
+class Gone(OSError):
+    """What the disk is read from isn't there, or is another one: nothing can be read for now."""
+
+
 class Disk:
     """A disk of `size` bytes. Methods are safe to call from many threads; failures are OSError.
 
     Callers keep offset and length within the disk; length is at least 1. An OSError is raised with
-    an errno and a text that a client may be shown.
+    an errno and a text that a client may be shown; it is Gone where that is known to be the cause.
     """
 
     size: int

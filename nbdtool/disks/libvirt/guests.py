@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from nbdtool.disks.libvirt.link import Failure, Link
+from nbdtool.disks.libvirt.link import Link, Lost
 from nbdtool.errors import Error, UsageError
 
 _STATES = ("no state", "running", "idle", "paused", "shutting down", "shut off", "crashed",
@@ -190,7 +190,7 @@ class Watch:
         if not self._over:
             self._over = self._link.call(self._look)
         if self._over:
-            raise Failure(self._over, 0)
+            raise Lost(self._over, 0)
 
     def _look(self, connection: Any) -> str:
         from nbdtool.disks.libvirt.link import module

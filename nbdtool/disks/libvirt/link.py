@@ -11,6 +11,7 @@ import time
 from typing import Any, Callable, Optional, TypeVar
 from urllib.parse import urlsplit
 
+from nbdtool.disk import Gone
 from nbdtool.errors import Error, debug
 
 Result = TypeVar("Result")
@@ -30,6 +31,10 @@ class Failure(OSError):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(errno.EIO, message)
         self.number = number
+
+
+class Lost(Failure, Gone):
+    """There is no connection to libvirt any more, or no such guest."""
 
 
 def module() -> Any:
@@ -115,7 +120,7 @@ class Link:
             now = time.monotonic()
             since = since or now
             if now - since >= self._reconnect:
-                raise failure
+                raise Lost(str(failure.strerror), failure.number)
             debug(f"{failure.strerror}; connecting again")
             if attempt:
                 time.sleep(_PAUSES[min(attempt, len(_PAUSES)) - 1])
@@ -124,7 +129,7 @@ class Link:
     def _again(self) -> Any:
         with self._lock:
             if self._closed:
-                raise Failure("the connection to libvirt was closed", 0)
+                raise Lost("the connection to libvirt was closed", 0)
             if self._connection is None:
                 self._connection = self._open()
             return self._connection

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Optional, Union
 
 from nbdtool import protocol as p
-from nbdtool.disk import Disk, Extent, Span, merge_extents, read_bytes
+from nbdtool.disk import Disk, Extent, Gone, Span, merge_extents, read_bytes
 from nbdtool.disks.ahead import Ahead
 from nbdtool.disks.buffers import keep_buffers
 from nbdtool.disks.nbd.connection import Connection, Disconnected, Request
@@ -36,7 +36,7 @@ class NbdDisk(Disk):
 
     Up to `connections` are used where the server allows more than one. A connection that is lost is
     made anew, and its requests are repeated, for `reconnect` seconds from the start of an outage;
-    then they fail with EIO, until the server is back. An export that has another size by then is
+    then they fail (Gone, EIO), until the server is back. An export that has another size by then is
     another one: everything fails from then on. Acknowledged writes may be lost with a server: the
     next flush fails then.
     """
@@ -100,9 +100,9 @@ class NbdDisk(Disk):
 
     def _best(self) -> Optional[Connection]:
         if self._closing.is_set():
-            raise OSError(errno.EIO, f"{self._address}: was closed")
+            raise Gone(errno.EIO, f"{self._address}: was closed")
         if self._changed:
-            raise OSError(errno.EIO, self._changed)
+            raise Gone(errno.EIO, self._changed)
         best = None
         for connection in self._open:
             if connection.lost:
@@ -124,7 +124,7 @@ class NbdDisk(Disk):
         if export.size != self.size or (self.writable and read_only):
             connection.close()
             self._changed = f"{self._address}: has another export now"
-            raise OSError(errno.EIO, self._changed)
+            raise Gone(errno.EIO, self._changed)
         self._open = [*self._open, connection]
         return connection
 
@@ -134,7 +134,7 @@ class NbdDisk(Disk):
         if self._outage is None:
             self._outage = now
         if now - min(since, self._outage) >= self._reconnect:
-            raise OSError(errno.EIO, exc.strerror) from None
+            raise Gone(errno.EIO, exc.strerror) from None
         debug(f"{exc.strerror}; connecting again")
         if attempt:
             self._closing.wait(_PAUSES[min(attempt, len(_PAUSES)) - 1])
