@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
 from typing import NamedTuple, Optional, Union
 
@@ -30,7 +30,7 @@ _FAST_SYMLINK = 60  # bytes that i_block holds
 
 
 class _Place(NamedTuple):
-    """A directory on the way, and how it is called."""
+    """What is on the way, and its path without symbolic links."""
 
     inode: Inode
     path: bytes
@@ -49,10 +49,14 @@ class Filesystem:
         if self._volume.superblock.s_feature_compat & s.HAS_JOURNAL:
             self._check_journal()
 
-    def find(self, path: Union[bytes, str]) -> int:
+    def find(
+        self, path: Union[bytes, str], covered: Collection[bytes] = (), *, mounted: bool = False
+    ) -> int:
         """The number of the regular file at `path`, from the root; symbolic links are followed.
 
-        Raises Error if there is none, and Uncertain.
+        covered: directories, such as /a/b, that other filesystems are mounted on; mounted: this
+        one is mounted on a directory itself. A way that leads into another filesystem is a doubt.
+        Raises Error if there is no such file, and Uncertain.
         """
         volume = self._volume
         volume.begin()
@@ -64,26 +68,26 @@ class Filesystem:
         names = path.split(b"/")[::-1]
         symlinks = 0
         while names:
-            name = names.pop()
-            here = way[-1]
+            name, here, leaves = names.pop(), way[-1], False
             if here.inode.kind != DIRECTORY:
                 raise self._error(here.path, f"{KINDS[here.inode.kind]}, not a directory")
-            if name in (b"", b"."):
-                continue
             if name == b"..":
+                leaves = mounted and len(way) == 1
                 way = way[:-1] or [root]
-                continue
-            inode = volume.inode(self._look_up(here, name))
-            if inode.kind != SYMLINK:
-                way.append(_Place(inode, here.path.rstrip(b"/") + b"/" + name))
-                continue
-            symlinks += 1
-            if symlinks > _MAX_SYMLINKS:
-                raise self._error(path, "too many symbolic links")
-            target = self._target(inode)
-            if target.startswith(b"/"):
-                way = [root]
-            names += target.split(b"/")[::-1]
+            elif name not in (b"", b"."):
+                place = self._enter(here, name)
+                if place.inode.kind != SYMLINK:
+                    way, leaves = [*way, place], place.path in covered
+                else:
+                    symlinks += 1
+                    if symlinks > _MAX_SYMLINKS:
+                        raise self._error(path, "too many symbolic links")
+                    target = self._target(place.inode)
+                    if target.startswith(b"/"):
+                        way, leaves = [root], mounted
+                    names += target.split(b"/")[::-1]
+            if leaves:
+                raise volume.doubt(f"{os.fsdecode(path)} leads into another filesystem")
         found = way[-1].inode
         if found.kind != REGULAR:
             raise self._error(path, f"{KINDS[found.kind]}, not a regular file")
@@ -146,8 +150,16 @@ class Filesystem:
 
     # Directories
 
-    def _look_up(self, place: _Place, name: bytes) -> int:
-        """The inode number of a name in a directory."""
+    def _enter(self, place: _Place, name: bytes) -> _Place:
+        """What a directory has under a name; Error if there is nothing."""
+        path = place.path.rstrip(b"/") + b"/" + name
+        number = self._look_up(place, name)
+        if number is None:
+            raise self._error(path, f"no such file; {self._listing(place)}")
+        return _Place(self._volume.inode(number), path)
+
+    def _look_up(self, place: _Place, name: bytes) -> Optional[int]:
+        """The inode number of a name in a directory, None if it isn't there."""
         volume, directory = self._volume, place.inode
         if len(name) > _MAX_NAME:
             raise self._error(place.path, f"no name has {len(name)} bytes")
@@ -163,9 +175,6 @@ class Filesystem:
             if entries:
                 self._verify_directory(directory, block)
                 found = entries[0]
-        if found is None:
-            path = place.path.rstrip(b"/") + b"/" + name
-            raise self._error(path, f"no such file; {self._listing(place)}")
         return found
 
     def _directory_blocks(self, directory: Inode) -> Iterator[bytes]:

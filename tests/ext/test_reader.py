@@ -189,6 +189,21 @@ def test_symbolic_links_are_followed_inside(tree: Path, tmp_path: Path) -> None:
         assert not isinstance(failed.value, Uncertain)
 
 
+def test_ways_into_other_filesystems(tree: Path, tmp_path: Path) -> None:
+    disk = FileDisk(str(make(tmp_path / "image", 64 * MIB, "-t", "ext4", tree=tree)))
+    filesystem = Filesystem(disk)
+    number = filesystem.find("images/disk.img")
+    for path in "images/disk.img", "fast", "deep/../images/disk.img":
+        assert filesystem.find(path, [b"/deep/deeper", b"/ima"], mounted=True) == number
+    assert filesystem.find("absolute", [b"/deep"]) == number
+    for path in "fast", "absolute", "chain", "//images/./disk.img", "images/../images/disk.img":
+        with pytest.raises(Uncertain, match="leads into another filesystem"):
+            filesystem.find(path, [b"/images"])
+    for path in "absolute", "../images/disk.img", "deep/../../images/disk.img":
+        with pytest.raises(Uncertain, match="leads into another filesystem"):
+            filesystem.find(path, mounted=True)
+
+
 def test_what_is_missing_is_told_with_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     for number in range(100):
@@ -207,7 +222,7 @@ def test_what_is_missing_is_told_with_what_is_there(tmp_path: Path) -> None:
 def mounted_copy(image: Path, mount: Callable[..., Any]) -> None:
     with mount(image, options="rw") as root:
         (root / "new").write_bytes(b"new")
-        os.sync()
+        subprocess.run(["sync", "-f", root], check=True)
         copied = image.read_bytes()
     image.write_bytes(copied)
 
