@@ -60,7 +60,7 @@ def open(args: argparse.Namespace) -> dict[str, Disk]:
     from nbdtool.disks.libvirt import guests, methods
     from nbdtool.disks.libvirt.backup import Scratch
     from nbdtool.disks.libvirt.link import Link
-    from nbdtool.disks.libvirt.listing import printable
+    from nbdtool.table import printable
 
     if args.domain is None:
         raise UsageError("which guest? Give its name: nbdtool libvirt DOMAIN (--list shows all)")

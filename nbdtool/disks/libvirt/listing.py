@@ -8,6 +8,7 @@ from typing import Any, Optional
 from nbdtool.disks.libvirt.guests import Guest, describe, find
 from nbdtool.disks.libvirt.link import Link, module
 from nbdtool.progress import human
+from nbdtool.table import table
 
 _HEAD = ("GUEST", "STATE", "DISK", "FORMAT", "CAPACITY", "SOURCE")
 
@@ -32,9 +33,7 @@ def listing(link: Link, wanted: Optional[str], *, as_json: bool) -> str:
                 (name, state, disk.get("target", "-"), disk.get("format") or "-", size, source)
             )
             name = state = ""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "".join(f"{printable(line)}\n" for line in lines)
+    return table(rows)
 
 
 def _all(connection: Any) -> list[Guest]:
@@ -76,9 +75,3 @@ def _capacity(link: Link, guest: Guest, target: str) -> Optional[int]:
         )
     except OSError:
         return None
-
-
-def printable(text: str) -> str:
-    """The text with what a terminal would obey escaped."""
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "".join("".join(escaped).encode(errors="backslashreplace").decode())

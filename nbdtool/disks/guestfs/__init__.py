@@ -1,0 +1,1 @@
+"""What is inside disk images, through libguestfs' appliance."""
