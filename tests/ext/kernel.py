@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import random
 import subprocess
@@ -15,6 +16,7 @@ from nbdtool.disk import DATA, Disk, read_bytes
 
 MIB = 1 << 20
 _OPENAT2, _RESOLVE_IN_ROOT = 437, 0x10
+_BLKFLSBUF = 0x1261
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -48,6 +50,9 @@ def open_in_root(root: int, path: bytes | str) -> int:
 
 def mount(device: Path, directory: Path) -> None:
     """Mount read-only; OSError if the kernel refuses. It never panics, whatever is damaged."""
+    fd = os.open(device, os.O_RDONLY)
+    fcntl.ioctl(fd, _BLKFLSBUF)  # the image may have changed, and another may have it open
+    os.close(fd)
     words = (os.fsencode(device), os.fsencode(directory), b"ext4", 1, b"errors=continue")
     if _libc.mount(*words):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), device)
