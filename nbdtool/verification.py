@@ -27,6 +27,7 @@ class Comparison(Stream):
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
+        self._found = bytearray()
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # of what isn't written yet it would not
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
@@ -60,19 +61,22 @@ class Comparison(Stream):
             self.moved(min(offset, end))
 
     def _read(self, offset: int, length: int) -> Any:
-        """A bytearray: memoryviews compare byte by byte."""
-        found = bytearray(length)
-        view = memoryview(found)
+        """A bytearray, which is used again: memoryviews compare byte by byte."""
+        if len(self._found) != length:
+            self._found = bytearray(length)
+        view = memoryview(self._found)
         done = 0
         while done < length:
             count = os.preadv(self.fd, [view[done:]], offset + done)
             if not count:
                 raise OSError(errno.EIO, f"ends early, at byte {offset + done}")
             done += count
-        return found
+        return self._found
 
     def finish(self, size: int) -> None:
-        pass
+        end = os.lseek(self.fd, 0, os.SEEK_END)
+        if end < size:
+            raise OSError(errno.EIO, f"ends early, at byte {end}")
 
 
 @contextlib.contextmanager

@@ -164,6 +164,60 @@ def test_lines_for_scripts(write: Any, tmp_path: Path, capfd: Any) -> None:
     assert (bad["export"], bad["complete"], bad["error"]) == ("bad", False, "the source broke")
 
 
+# With --rescue
+
+
+class Scratched(SpanDisk):
+    """A disk of which one sector can't be read."""
+
+    def read(self, offset: int, length: int) -> list[Span]:
+        if offset < 40960 + 512 and offset + length > 40960:
+            raise OSError(5, "a scratch")
+        return super().read(offset, length)
+
+
+def test_each_disk_has_its_map(write: Any, tmp_path: Path, capfd: Any) -> None:
+    bad = Scratched([b"b" * 100_000])
+    disks = {**some_disks(1), "/dev/bad": bad}
+    assert write(disks, "--rescue=map", "--sha256", "--json", "--fill=0xee") == 1
+    folder = tmp_path / "dir"
+    maps = {"vda.img", "vda.img.map", "dev+bad.img", "dev+bad.img.map"}
+    assert set(os.listdir(folder)) == maps
+    expected = b"b" * 40960 + b"\xee" * 512 + b"b" * (100_000 - 41472)
+    assert (folder / "dev+bad.img").read_bytes() == expected
+    assert "0x0000A000  0x00000200  -" in (folder / "dev+bad.img.map").read_text()
+    *lines, last = map(json.loads, capfd.readouterr().out.splitlines())
+    assert {"rescuing", "hashing"} == {line["task"] for line in lines}
+    assert last["status"] == "failed"
+    whole, part = last["files"]
+    assert (whole["complete"], whole["bad"], whole["bad_areas"]) == (True, 0, 0)
+    assert part == {
+        "export": "/dev/bad",
+        "file": f"{folder}/dev+bad.img",
+        "mapfile": f"{folder}/dev+bad.img.map",
+        "size": 100_000,
+        "complete": False,
+        "rescued": 99_488,
+        "bad": 512,
+        "bad_areas": 1,
+        "sha256": hashlib.sha256(expected).hexdigest(),
+    }
+
+    bad.__class__ = SpanDisk  # the drive has recovered
+    assert write(disks, "--rescue=map", "--retries=1") == 0
+    assert (folder / "dev+bad.img").read_bytes() == bad.content()
+
+
+def test_rescue_follows_no_link_out(write: Any, tmp_path: Path, capfd: Any) -> None:
+    folder = tmp_path / "dir"
+    folder.mkdir()
+    (folder / "vda.img").symlink_to("../target")
+    (folder / "vdb.img.map").symlink_to("../map")
+    assert write(some_disks(2), "--rescue=map") == 1
+    assert capfd.readouterr().err.count("is a symbolic link, which isn't followed") == 2
+    assert os.listdir(tmp_path) == ["dir"]
+
+
 def test_directory_that_is_a_file(nbdtool: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(bytes(512))
     done = nbdtool("file", tmp_path / "image", "--to-dir", tmp_path / "image", status=1)

@@ -206,6 +206,13 @@ def test_truncated_target(tmp_path: Path, folder: Path) -> None:
     assert (folder / "target").read_bytes() == OLD
 
 
+def test_target_truncated_in_a_hole(tmp_path: Path, folder: Path) -> None:
+    disk = Meddled([b"a" * MIB, ZeroSpan(MIB)], lambda: os.truncate(unnamed(folder), MIB + 5))
+    with pytest.raises(Error, match=rf"target: ends early, at byte {MIB + 5}$"):
+        writer.write_disk(disk, str(folder / "target"), verify=True)
+    assert (folder / "target").read_bytes() == OLD
+
+
 def test_source_that_is_another_the_second_time(tmp_path: Path, folder: Path) -> None:
     """Such as the disk of a guest that runs."""
 

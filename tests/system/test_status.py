@@ -57,6 +57,20 @@ def test_signal_prints_the_line(
         assert line.startswith("nbdtool: writing: ") and "MiB of 8.0 MiB, " in line
 
 
+def test_signal_prints_what_a_rescue_does(command: list[str], image: Path, tmp_path: Path) -> None:
+    words = [*command, "nbd", "$uri", f"--to-file={tmp_path}/target", f"--rescue={tmp_path}/map"]
+    wait = f"while ! test -e {tmp_path}/map; do sleep 0.1; done; sleep 0.3"
+    script = f"{' '.join(words)} & {wait}; kill -USR1 $!; sleep 0.3; kill -TERM $!; wait $!"
+    done = subprocess.run(
+        ["nbdkit", "-U", "-", "--filter=delay", "file", image, "rdelay=60", "--run", script],
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    line = "nbdtool: rescuing: 0 B of 8.0 MiB, 0%, nothing bad, 0 B/s, average 0 B/s, copying\n"
+    assert done.stderr.startswith(line)
+
+
 def test_lines_of_a_run(command: list[str], image: Path, tmp_path: Path) -> None:
     run = Waiting(command, image, tmp_path, "--json", "--sha256")
     time.sleep(1.5)
