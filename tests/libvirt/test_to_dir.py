@@ -39,7 +39,8 @@ def test_each_disk_has_its_file(
         compare(folder / "sda.img", chain[0], "qcow2")
         assert (folder / "vda.img").stat().st_blocks * 512 < 5 * MIB  # the hole stays one
 
-        digests = {os.path.basename(line.split()[1]): line.split()[0] for line in done.stdout.splitlines()}
+        lines = map(str.split, done.stdout.splitlines())
+        digests = {os.path.basename(path): digest for digest, path in lines}
         done = nbdtool(*words, "--to-dir", rescued, "--rescue=map", "--json",
                        "--sha256", status=0)  # fmt: skip
         assert sorted(os.listdir(rescued)) == ["sda.img", "sda.img.map", "vda.img", "vda.img.map"]
