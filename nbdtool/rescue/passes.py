@@ -29,6 +29,7 @@ _DEPTH = 8  # reads under way
 # Reads in a row that go well, or fail, before larger or smaller ones are tried. Each costs the same
 # up to a point, so that most is rescued in a second if about half of them fail.
 _GROWTH, _SHRINKING = 2, 4
+_TRUST = 16  # reads of a cluster or more in a row that go well before larger ones are tried
 _QUICK = 0.01  # seconds that an error takes which isn't worth avoiding
 _WINDOW = 1 << 30  # bytes whose extents are asked for at once
 _HOLE = 4096  # bytes that a hole has at least
@@ -154,7 +155,8 @@ class Rescue:
 
     def grow(self, most: int) -> None:
         """Read more at once if that went well for a while."""
-        if self._streak >= _GROWTH and self.piece < most:
+        wanted = _GROWTH if self.piece < _CLUSTER else _TRUST
+        if self._streak >= wanted and self.piece < most:
             self.piece = min(2 * self.piece, most)
             self._streak = 0
 
