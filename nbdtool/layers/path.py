@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Collection
 from typing import Any, Union
 
 from nbdtool.disk import Disk
@@ -30,16 +31,24 @@ def open(disk: Disk, value: str, args: argparse.Namespace) -> Disk:
         raise Error(f"{exc}; nbdtool guestfs may be able to read it") from None
 
 
-def open_path(disk: Disk, path: Union[bytes, str], description: str = "") -> Disk:
+def open_path(
+    disk: Disk,
+    path: Union[bytes, str],
+    description: str = "",
+    covered: Collection[bytes] = (),
+    *,
+    mounted: bool = False,
+) -> Disk:
     """The file at `path`, as ranges of the disk; Error if there is none, Uncertain if unsure.
 
-    The filesystem starts where the disk does, and must not change while the file is open.
+    The filesystem starts where the disk does, and must not change while the file is open. covered
+    and mounted are those of Filesystem.find().
     """
     from nbdtool.ext.reader import Filesystem
     from nbdtool.layers.mapped import Mapped, Piece
 
     filesystem = Filesystem(disk)
-    _, pieces = filesystem.map(filesystem.find(path))
+    _, pieces = filesystem.map(filesystem.find(path, covered, mounted=mounted))
     return Mapped(
         (Piece(n, None if at is None else disk, at or 0) for n, at in pieces),
         [disk],

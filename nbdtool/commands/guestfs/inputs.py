@@ -47,7 +47,8 @@ class Drive:
     data_file: str = ""  # where an image has its data, if not in itself
 
     def __str__(self) -> str:
-        text = f"{self.path} ({self.format}{'' if self.told else ' by its header'}"
+        guessed = self.format != "raw" and not self.told
+        text = f"{self.path} ({self.format}{' by its header' if guessed else ''}"
         others = [image.path for image in self.backing]
         if self.data_file:
             others.append(self.data_file)
