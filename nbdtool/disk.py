@@ -116,6 +116,7 @@ class Disk:
     description = ""  # what was opened and how, for the start-up line and NBD_OPT_LIST
     writable = can_trim = can_fast_zero = False
     multi_conn = True
+    reads_on = False  # between requests, too: it needs the processors that a client leaves idle
     block_size = (1, 4096, 32 << 20)  # minimum, preferred, maximum, bytes
 
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Optional
 
 from nbdtool.disk import Disk, Extent, FileSpan, Span, ZeroSpan, span_length
 from nbdtool.disks.ahead import Ahead
 
-_WINDOW = 8 << 20  # bytes that are read ahead of a client, at most
 _KEPT = 32 << 20  # bytes that are kept
 _STREAMS = 32  # sequential readers that are told apart
 _SEQUENTIAL = 2  # reads, one behind the other, after which more are expected
@@ -21,10 +21,11 @@ _FRESH = 10.0  # seconds; what waits longer may have become old
 class _Job:
     """A read that a worker does, or whoever needs it first."""
 
-    __slots__ = ("_claimed", "_disk", "_done", "error", "length", "offset", "since", "spans")
+    __slots__ = ("_claimed", "_disk", "_done", "error", "length", "offset", "since", "spans",
+                 "turn")  # fmt: skip
 
-    def __init__(self, disk: Disk, offset: int, length: int) -> None:
-        self._disk, self.offset, self.length = disk, offset, length
+    def __init__(self, disk: Disk, offset: int, length: int, turn: int = 0) -> None:
+        self._disk, self.offset, self.length, self.turn = disk, offset, length, turn
         self.since = time.monotonic()
         self.spans: list[Span] = []
         self.error: Optional[OSError] = None
@@ -58,12 +59,23 @@ class _Part(NamedTuple):
     length: int
 
 
+class _Plan(threading.local):
+    """What a thread announced, in its order: what no worker has yet, and how far it has come."""
+
+    def __init__(self) -> None:
+        self.jobs: deque[_Job] = deque()
+        self.last = self.taken = 0  # turns
+
+
 class ReadAhead(Disk):
     """`disk`, read by `workers` threads beside those of the callers, `piece` bytes at a time.
 
     Reads that a client announces, or that follow one another, are started before they are asked
-    for. What was read ahead is given once it is asked for, up to 10 s later.
+    for, as many as keep the workers busy. What was read ahead is given once it is asked for, up to
+    10 s later.
     """
+
+    reads_on = True
 
     def __init__(self, disk: Disk, workers: int = 4, piece: int = 1 << 20) -> None:
         self.size, self.description, self.block_size = disk.size, disk.description, disk.block_size
@@ -71,7 +83,11 @@ class ReadAhead(Disk):
         self.can_trim, self.can_fast_zero = disk.can_trim, disk.can_fast_zero
         self._disk = disk
         self._announced: Ahead[list[_Part]] = Ahead()
+        self._plan = _Plan()
         self._piece = piece
+        # One in the hands of each worker, and one more: what waits longer for its reader has left
+        # the processor's cache when it comes.
+        self._depth = 2 * workers
         self._pieces: dict[int, _Job] = {}  # by their number on the disk
         # Where each reader goes on: reads that it did so far, and the first piece not yet started.
         self._streams: dict[int, tuple[int, int]] = {}
@@ -103,33 +119,48 @@ class ReadAhead(Disk):
             waiting.append((offset, length))
             end = offset + length
         self._start(waiting)
+        self._hand_out()
 
     def _start(self, ranges: list[tuple[int, int]]) -> None:
         """Start reading ranges that follow one another, and keep them as announced."""
         if not ranges:
             return
         start, end = ranges[0][0], sum(ranges[-1])
+        plan = self._plan
         jobs = [
-            _Job(self._disk, at, min(self._piece, end - at))
-            for at in range(start, end, self._piece)
+            _Job(self._disk, at, min(self._piece, end - at), plan.last + number)
+            for number, at in enumerate(range(start, end, self._piece), 1)
         ]  # more than one for one large range only
+        plan.last += len(jobs)
+        plan.jobs.extend(jobs)
         for offset, length in ranges:
             parts = [_Part(jobs[0], offset, length)]
             if len(jobs) > 1:
                 parts = [_Part(job, job.offset, job.length) for job in jobs]
             self._announced.add(offset, length, parts)
-        for job in jobs:
-            self._queue.put(job)
+
+    def _hand_out(self, taken: Sequence[_Part] = ()) -> None:
+        """Keep the workers a little ahead of this thread, which takes what it announced."""
+        plan = self._plan
+        if taken:
+            plan.taken = taken[-1].job.turn
+        while plan.jobs and plan.jobs[0].turn <= plan.taken + self._depth:
+            job = plan.jobs.popleft()
+            if not taken or job.turn > taken[0].job.turn:  # which this thread does itself
+                self._queue.put(job)
 
     # Reading
 
     def read(self, offset: int, length: int) -> list[Span]:
         parts = self._announced.take(offset, length)
-        if parts is None:
+        if parts is not None:
+            self._hand_out(parts)
+        else:
             parts = self._expected(offset, length)
         if parts is None and length > self._piece:
             self._start([(offset, length)])
             parts = self._announced.take(offset, length)
+            self._hand_out(parts or ())
         if parts is None:
             return self._disk.read(offset, length)
         if len(parts) == 1:
@@ -146,13 +177,19 @@ class ReadAhead(Disk):
             if len(self._streams) >= _STREAMS:
                 del self._streams[next(iter(self._streams))]
             if count >= _SEQUENTIAL:
-                ahead = min(1 << min(count, 30), _WINDOW // piece)
+                held = pieces.get(first)
+                if held is None or now - held.since > _FRESH:
+                    started = first  # another reader took it, or this one was away
+                ahead = min((1 << min(count - _SEQUENTIAL, 30)) - 1, self._depth)
                 stop = min(last + ahead, (self.size - 1) // piece) + 1
                 for number in range(max(started, first), stop):
                     self._fetch(number, now)
-                started = stop
+                started = max(started, stop)
             self._streams[end] = (count + 1, started)
             jobs = [pieces.get(number) for number in range(first, last + 1)]
+            if count >= _SEQUENTIAL:
+                for number in range(first, end // piece):  # done with
+                    pieces.pop(number, None)
         parts = []
         for job in jobs:
             if job is None or now - job.since > _FRESH or job.error is not None:

@@ -82,6 +82,7 @@ class Transmission:
         magic = p.EXTENDED_REQUEST_MAGIC if self._extended else p.REQUEST_MAGIC
         size, small = self._size, _SMALL if self._minimum == 1 else 0
         writable = not self._export.read_only
+        reads_on = self._disk.reads_on
         prefetches = type(self._disk).prefetch is not Disk.prefetch
         while True:
             if prefetches:
@@ -110,7 +111,7 @@ class Transmission:
             if self.idle and self._stopping():
                 return
             try:
-                inbox.fill(inbox.end - inbox.start + 1, soon=budget.alone)
+                inbox.fill(inbox.end - inbox.start + 1, soon=budget.alone and not reads_on)
                 self.idle = False
             except (Stalled, Ended) as exc:
                 if inbox.start != inbox.end:
