@@ -213,6 +213,26 @@ def test_target_truncated_in_a_hole(tmp_path: Path, folder: Path) -> None:
     assert (folder / "target").read_bytes() == OLD
 
 
+@pytest.mark.parametrize("moment", [1, 2])
+def test_interrupted(tmp_path: Path, folder: Path, moment: int) -> None:
+    """Both passes; the folder and the threads are looked at by the fixture."""
+
+    class Interrupted(SpanDisk):
+        passes = 0
+
+        def read(self, offset: int, length: int) -> list[Span]:
+            self.passes += offset == 0
+            if self.passes == moment and offset > 10 * MIB:
+                raise KeyboardInterrupt
+            return super().read(offset, length)
+
+    disk = Interrupted(spans(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        writer.write_disk(disk, str(folder / "target"), verify=moment == 2, digest=True)
+    assert disk.passes == moment
+    assert (folder / "target").read_bytes() == OLD
+
+
 def test_source_that_is_another_the_second_time(tmp_path: Path, folder: Path) -> None:
     """Such as the disk of a guest that runs."""
 

@@ -58,17 +58,30 @@ def test_signal_prints_the_line(
 
 
 def test_signal_prints_what_a_rescue_does(command: list[str], image: Path, tmp_path: Path) -> None:
-    words = [*command, "nbd", "$uri", f"--to-file={tmp_path}/target", f"--rescue={tmp_path}/map"]
-    wait = f"while ! test -e {tmp_path}/map; do sleep 0.1; done; sleep 0.3"
-    script = f"{' '.join(words)} & {wait}; kill -USR1 $!; sleep 0.3; kill -TERM $!; wait $!"
-    done = subprocess.run(
-        ["nbdkit", "-U", "-", "--filter=delay", "file", image, "rdelay=60", "--run", script],
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
+    slow = ["nbdkit", "-f", "-U", tmp_path / "slow", "--filter=delay", "file", image, "rdelay=60"]
+    uri = f"nbd+unix:///?socket={tmp_path}/slow"
+    words = [*command, "nbd", uri, f"--to-file={tmp_path}/target", f"--rescue={tmp_path}/map"]
+    with subprocess.Popen(slow, stderr=subprocess.DEVNULL) as source:
+        wait_for(tmp_path / "slow")
+        with subprocess.Popen(words, stderr=subprocess.PIPE, encoding="utf-8") as process:
+            wait_for(tmp_path / "map")
+            time.sleep(0.3)
+            process.send_signal(signal.SIGUSR1)
+            assert process.stderr
+            line = process.stderr.readline()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 128 + signal.SIGTERM
+        source.kill()
+    assert line == (
+        "nbdtool: rescuing: 0 B of 8.0 MiB, 0%, nothing bad, 0 B/s, average 0 B/s, copying\n"
     )
-    assert done.returncode == 128 + signal.SIGTERM
-    line = "nbdtool: rescuing: 0 B of 8.0 MiB, 0%, nothing bad, 0 B/s, average 0 B/s, copying\n"
-    assert done.stderr.startswith(line)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_lines_of_a_run(command: list[str], image: Path, tmp_path: Path) -> None:
