@@ -13,9 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import cdi, layers, libvirt, linuxdisk, race, serving, starting
+from bench import cdi, guestfs, layers, libvirt, linuxdisk, race, serving, starting
 
-AREAS = [area.__name__ for area in (starting, serving, linuxdisk, layers, cdi, libvirt)]
+AREAS = [area.__name__ for area in (starting, serving, linuxdisk, layers, cdi, libvirt, guestfs)]
 HEAD = "| what | nbdtool | peer | its figure | ratio | goal |\n|---|---|---|---|---|---|"
 
 
