@@ -133,8 +133,7 @@ class Appliance:
         if self._launcher.given_up:
             self._died = reason
         elif self._writable:
-            self._died = f"{reason}; what was written last may be lost"
-            warn(f"{self._died}; ending")
+            self._died = reason  # which the first request tells the user
             end = threading.Timer(_LAST_WORDS, os.kill, (os.getpid(), signal.SIGTERM))
             end.daemon = True
             end.start()

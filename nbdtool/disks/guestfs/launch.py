@@ -148,7 +148,7 @@ def _has_setting(g: Any, name: str) -> bool:
 
 def first_line(exc: BaseException) -> str:
     """What an error of libguestfs says, without the advice that follows."""
-    return str(exc).partition("\n")[0].strip()
+    return str(exc).partition("\n")[0].strip().rstrip(".")
 
 
 def end_children() -> None:
