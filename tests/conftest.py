@@ -162,13 +162,14 @@ def free_port() -> int:
 def serve(command: list[str]) -> Callable[..., contextlib.AbstractContextManager[Server]]:
     """with serve("file", path) as server: ... server.uri, ready for clients.
 
-    On a Unix socket, or with tcp=True on a TCP port of this host; status=None leaves it open how
-    the server ends (0 is expected otherwise). Other keywords are subprocess.Popen's.
+    On a Unix socket, or with tcp=True on a TCP port of this host, within `ready` seconds;
+    status=None leaves it open how the server ends (0 is expected otherwise). Other keywords are
+    subprocess.Popen's.
     """
 
     @contextlib.contextmanager
     def serve(
-        *args: Any, tcp: bool = False, status: int | None = 0, **kwargs: Any
+        *args: Any, tcp: bool = False, status: int | None = 0, ready: float = 60, **kwargs: Any
     ) -> Iterator[Server]:
         with tempfile.TemporaryDirectory(prefix="nbdtool-test-") as name:
             directory = Path(name)
@@ -188,7 +189,7 @@ def serve(command: list[str]) -> Callable[..., contextlib.AbstractContextManager
                 process = subprocess.Popen(words, stderr=stderr, **kwargs)
             server = Server(process, directory, uri, unix, port)
             try:
-                server.wait_until_ready()
+                server.wait_until_ready(ready)
                 yield server
             finally:
                 ended = server.stop()
