@@ -81,5 +81,14 @@ def test_counts() -> None:
     connections = values.count("connections", 1, 16)
     assert [connections("1"), connections("16"), connections("07")] == [1, 16, 7]
     for text in "0", "17", "-1", "+1", "", " 1", "1.0", "\u0661", "9" * 5000:
-        with pytest.raises(argparse.ArgumentTypeError, match="connections: .* \\(1 to 16\\)"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"connections: .* \(1 to 16\)"):
             connections(text)
+
+
+def test_patterns() -> None:
+    texts = ["BAD", "0xdeadBEEF", "0x00", "x", "0X00", "\udcff", "ä"]
+    expected = [b"BAD", b"\xde\xad\xbe\xef", b"\0", b"x", b"0X00", b"\xff", "ä".encode()]
+    assert [values.pattern(text) for text in texts] == expected
+    for text in "", "0x", "0x0", "0xzz":
+        with pytest.raises(argparse.ArgumentTypeError):
+            values.pattern(text)
