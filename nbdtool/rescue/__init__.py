@@ -35,7 +35,12 @@ def rescue_disk(
     mapped = MapFile(mapfile, disk.size, disk.description)
     try:
         done = mapped.blocks.before(disk.size, DONE)
-        opened = Target(target, disk.size, known=mapped.known, needed=done.end if done else 0)
+        try:
+            opened = Target(target, disk.size, known=mapped.known, needed=done.end if done else 0)
+        except BaseException:
+            if not mapped.known:
+                mapped.remove()
+            raise
         hung = False
         try:
             mapped.save(mapped.blocks, mapped.status)

@@ -220,10 +220,12 @@ class MapFile:
         with contextlib.suppress(OSError):
             os.ftruncate(self._fd, os.fstat(self._fd).st_size - self.journal)
 
-    def close(self, *, remove: bool = False) -> None:
-        if remove:
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
+    def remove(self) -> None:
+        """Have none after all."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+    def close(self) -> None:
         os.close(self._fd)
 
 

@@ -67,7 +67,8 @@ class Rescue:
         self.size = disk.size
         self.sector = max(disk.block_size[0], 512)
         self.least = _LEAST * self.sector
-        self.piece = max(_LARGE // self.sector, 1) * self.sector
+        self.most = max(min(_LARGE, disk.block_size[2]) // self.sector, 1) * self.sector
+        self.piece = self.most
         self.depth = _DEPTH
         self.quick = False  # whether errors are
         self.position = 0
@@ -157,13 +158,13 @@ class Rescue:
         """Read more at once if that went well for a while."""
         wanted = _GROWTH if self.piece < _CLUSTER else _TRUST
         if self._streak >= wanted and self.piece < most:
-            self.piece = min(2 * self.piece, most)
+            self.piece = min(2 * self.piece, most, self.most)
             self._streak = 0
 
     def shrink(self) -> None:
         """Read less at once, after an error."""
         if self.piece > _CLUSTER or not self.quick:
-            self.piece = max(_CLUSTER // self.sector, 1) * self.sector
+            self.piece = min(max(_CLUSTER // self.sector, 1) * self.sector, self.most)
         elif self._streak <= -_SHRINKING:
             self.piece = max(self.piece // 2 // self.sector * self.sector, self.least)
             self._streak = 0

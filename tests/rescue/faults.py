@@ -146,7 +146,7 @@ def mounted(uri: str, where: Path) -> Iterator[Path]:
 def scripted(image: Path, where: Path, fault: str) -> Iterator[Source]:
     """A server that runs shell commands for each read: $1 and $2 are its start and its end.
 
-    They call `fail $1 $2` for a read that fails, and go on otherwise. TMP is a directory of its own.
+    They call `fail $1 $2` for a read that fails. TMP is a directory of their own.
     """
     log, script, store = where / "log", where / "script", where / "store"
     store.mkdir(exist_ok=True)
