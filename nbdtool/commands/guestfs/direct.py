@@ -47,6 +47,8 @@ class _Tree:
             if text == INSPECT:
                 raise Uncertain("mount=inspect: what is mounted is for libguestfs to find")
             device, point = parse_mount(text)
+            if not device.startswith("/dev/"):
+                raise Uncertain(f"mount={text}: a subvolume of btrfs")
             self._mount(devices.open(device), point, text)
 
     def _mount(self, disk: Disk, point: str, text: str) -> None:

@@ -208,11 +208,14 @@ def _resolve(path: str, name: str, what: str) -> str:
 
 def _data_file(path: str, header: Header) -> str:
     """Where an image has its data, "" if that is itself."""
-    if not header.external_data:
-        return ""
-    if not header.data_file:
-        raise Error(f"{path}: has its data in another file, which it doesn't name")
-    return _resolve(path, header.data_file, "data file")
+    name = header.data_file
+    if header.external_data and not name.startswith("/"):
+        # qemu looks for it not beside the image, but in the directory that it runs in.
+        raise Error(
+            f"{path}: has its data in {name or 'a file that it does not name'}; only an absolute"
+            " name is followed (qemu-img amend -o data_file=PATH sets it)"
+        )
+    return name if header.external_data else ""
 
 
 def _of_guest(name: str, connect: str, writable: bool, allow_live: bool) -> list[Drive]:
