@@ -13,9 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import cdi, guestfs, layers, libvirt, linuxdisk, race, serving, starting
+from bench import cdi, guestfs, layers, libvirt, linuxdisk, race, rescue, serving, starting
 
-AREAS = [area.__name__ for area in (starting, serving, linuxdisk, layers, cdi, libvirt, guestfs)]
+AREAS = [
+    area.__name__ for area in (starting, serving, linuxdisk, layers, cdi, libvirt, guestfs, rescue)
+]
 HEAD = "| what | nbdtool | peer | its figure | ratio | goal |\n|---|---|---|---|---|---|"
 
 
