@@ -78,7 +78,7 @@ class TestImages:
             assert content(opened) == expected, device
             certain.add(device)
         volumes = {device for device in certain if not device.startswith("/dev/sd")}
-        assert volumes <= {"/dev/vg1/plain", "/dev/vg1/origin"}
+        assert volumes <= {"/dev/vg1/lin", "/dev/vg1/origin"}
         partitions = {d for d in images[name].devices if d.startswith("/dev/sd")}
         assert certain - volumes == (set() if name == "md" else partitions)
         if name in ("odd", "md"):
@@ -100,6 +100,7 @@ class TestImages:
             ("vg", "/dev/vg0/small"),
             ("guest", "/dev/sda1"),
             ("guest", "/dev/vgguest/root"),
+            ("mbr", "/dev/sda1"),
             ("mbr", "/dev/sda5"),
         }
 
@@ -135,11 +136,16 @@ class TestImages:
         disks, devices = images["vg"].disks, images["vg"].devices
         for name in "/dev/vdb1", "/dev/hdb1":
             assert content(direct(disks, name)) == devices["/dev/sdb1"]
-        name = "/dev/mapper/vg0-two--hyphens----"
-        assert content(direct(disks, name)) == devices["/dev/vg0/two-hyphens--"]
+        name = "/dev/mapper/vg0-two--h----"
+        assert content(direct(disks, name)) == devices["/dev/vg0/two-h--"]
         for name in "/dev/disk/by-label/x", "/dev/dm-0", "/dev/md127", "/dev/mapper/luks":
             with pytest.raises(Uncertain):
                 direct(disks, name)
+
+    def test_what_may_be_in_what_is_encrypted(self, images: dict[str, Images]) -> None:
+        for name in "/dev/vgcrypt/secret", "/dev/mapper/luks-x", "/dev/vgcrypt/none":
+            with pytest.raises(Uncertain):
+                direct(images["crypt"].disks, name)
 
     def test_wrong_names_tell_what_there_is(self, images: dict[str, Images]) -> None:
         for name in "/dev/sdb9", "/dev/sdc", "/dev/sdb01", "/dev/vg0/none", "/dev/sdb4294967297":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from nbdtool.commands.guestfs.inputs import Drive, Image
 from nbdtool.commands.guestfs.tables import Part, read_parts
-from nbdtool.disk import Disk, Stamp
+from nbdtool.disk import Disk, Stamp, read_bytes
 from nbdtool.disks.file import FileDisk
 from nbdtool.errors import Error, Uncertain
 from nbdtool.layers.mapped import Mapped, Piece
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _DISK = re.compile(r"/dev/[hsv]d([a-z]+)([0-9]*)")  # libguestfs takes each of them for sd
 _ELSEWHERE = re.compile(r"/dev/(block|disk|md|mapper)/.*|/dev/(dm-|md)[0-9].*")
+_ENCRYPTED = ((0, b"LUKS\xba\xbe"), (3, b"-FVE-FS-"))  # LUKS, BitLocker
 _SECTOR = 512  # bytes that qemu counts disks in
 _LISTED = 32  # devices that an error names at most
 
@@ -42,6 +43,7 @@ class Devices:
         self._drives = {f"/dev/sd{_letters(n)}": drive for n, drive in enumerate(drives)}
         self._opened: dict[str, Disk] = {}
         self._tables: dict[str, dict[int, Part]] = {}
+        self._places: list[Disk] = []  # what isn't divided into others
         self._volumes: dict[str, Volume] | None = None
 
     def open(self, name: str) -> Disk:
@@ -102,6 +104,7 @@ class Devices:
                 for window in windows:
                     _check_member(window)
                 places += windows or [disk]
+            self._places = places
             self._volumes = find_volumes(places)
         return self._volumes
 
@@ -122,6 +125,8 @@ class Devices:
             if not _DISK.fullmatch(name):
                 raise
             names = [f"{disk}{number}" for disk in self._drives for number in self._parts(disk)]
+        if not _DISK.fullmatch(name) and any(map(_is_encrypted, self._places)):
+            raise Uncertain(f"{name}: may be in what is encrypted")
         more = " and more" if len(names) > _LISTED else ""
         return Error(f"{name}: no such device; there are {', '.join(names[:_LISTED])}{more}")
 
@@ -167,6 +172,13 @@ def _open(drive: Drive, name: str) -> Disk:
         disk = Mapped([Piece(disk.size, disk), Piece(missing, None)], [disk])
     disk.description = f"{name} of {drive.path}"
     return disk
+
+
+def _is_encrypted(disk: Disk) -> bool:
+    return any(
+        at + len(magic) <= disk.size and read_bytes(disk, at, len(magic)) == magic
+        for at, magic in _ENCRYPTED
+    )
 
 
 def _check_member(disk: Disk) -> None:
