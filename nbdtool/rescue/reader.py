@@ -19,6 +19,7 @@ from nbdtool.rescue.target import Target
 
 _STEP = 1 << 20  # bytes that one system call copies: what may hang together
 _FINE = 64 << 10  # bytes: reads up to that are direct, if the page cache can be passed by
+_WORKERS = 2  # threads that copy, as long as several reads are asked for at a time
 _MANY = 8  # threads that hang
 _PATIENCE = 10  # read_timeouts that are waited for one of them
 _LEAVING = 2.0  # seconds for a thread to end
@@ -76,22 +77,26 @@ class Reader:
     ) -> None:
         self._disk, self._target = disk, target
         self._timeout, self._tick = timeout, tick
-        self._asked: deque[tuple[int, int]] = deque()
+        self._workers = [_Worker(disk, target) for _ in range(_WORKERS)]
+        self._turn = 0
+        self._asked: deque[tuple[int, int, _Worker]] = deque()
         self._left: list[_Worker] = []  # behind
-        self._worker = _Worker(disk, target)
 
     def __len__(self) -> int:
         """How many reads are under way."""
         return len(self._asked)
 
     def ask(self, start: int, end: int) -> None:
-        self._asked.append((start, end))
-        self._worker.jobs.put((start, end))
+        self._turn = (self._turn + 1) % _WORKERS
+        worker = self._workers[self._turn]
+        self._asked.append((start, end, worker))
+        worker.jobs.put((start, end))
 
     def extents(self, start: int, end: int) -> list[Extent]:
         """The extents of a range, while no read is under way; OSError."""
-        self._worker.jobs.put(lambda: list(self._disk.extents(start, end - start)))
-        found = self._wait()
+        worker = self._workers[0]
+        worker.jobs.put(lambda: list(self._disk.extents(start, end - start)))
+        found = self._wait(worker)
         if isinstance(found, OSError):
             self._refuse_gone(found)
             raise found
@@ -101,21 +106,20 @@ class Reader:
 
     def take(self) -> Outcome:
         """The outcome of the oldest read under way."""
-        start, end = self._asked.popleft()
-        if start < 0:
-            return Outcome(~start, end, ~start, OSError(errno.ECANCELED, "not tried"))
-        found = self._wait()
+        start, end, worker = self._asked.popleft()
+        if worker.abandoned:
+            return Outcome(start, end, start, OSError(errno.ECANCELED, "not tried"))
+        found = self._wait(worker)
         if isinstance(found, Outcome):
             if found.error:
                 self._refuse_gone(found.error)
             return found
-        self._asked = deque((~start, end) for start, end in self._asked)
         text = f"no answer for {self._timeout:g} seconds"
         return Outcome(start, end, start, OSError(errno.ETIMEDOUT, text), seconds=self._timeout)
 
-    def _wait(self) -> object:
-        """The next result; None once it hangs, and another thread has taken over."""
-        worker, since = self._worker, time.monotonic()
+    def _wait(self, worker: _Worker) -> object:
+        """Its next result; None once it hangs, and another thread has taken its place."""
+        since = time.monotonic()
         moved = worker.moved
         while True:
             left = since + self._timeout - time.monotonic()
@@ -127,7 +131,7 @@ class Reader:
                 if worker.moved != moved:
                     moved, since = worker.moved, time.monotonic()
                 elif left <= 0:
-                    self._replace()
+                    self._replace(worker)
                     return None
                 continue
             if isinstance(found, BaseException) and not isinstance(found, OSError):
@@ -147,10 +151,10 @@ class Reader:
                 self._refuse_gone(worker.gone)
         self._left = [worker for worker in self._left if worker.thread.is_alive()]
 
-    def _replace(self) -> None:
+    def _replace(self, worker: _Worker) -> None:
         debug(f"a read hangs for {self._timeout:g} seconds")
-        self._worker.abandon()
-        self._left.append(self._worker)
+        worker.abandon()
+        self._left.append(worker)
         deadline = time.monotonic() + _PATIENCE * self._timeout
         while len(self._left) >= _MANY:
             if time.monotonic() > deadline:
@@ -161,13 +165,16 @@ class Reader:
             self._tick("waiting")
             time.sleep(min(_TICK, self._timeout))
             self._look_behind()
-        self._worker = _Worker(self._disk, self._target)
+        self._workers[self._workers.index(worker)] = _Worker(self._disk, self._target)
 
     def close(self) -> bool:
         """End; False if a thread still hangs, and may use the disk and the target."""
-        self._worker.abandon()
-        self._worker.thread.join(min(self._timeout, _LEAVING))
-        return not any(each.thread.is_alive() for each in (self._worker, *self._left))
+        for worker in self._workers:
+            worker.abandon()
+        deadline = time.monotonic() + min(self._timeout, _LEAVING)
+        for worker in self._workers:
+            worker.thread.join(max(deadline - time.monotonic(), 0))
+        return not any(worker.thread.is_alive() for worker in (*self._workers, *self._left))
 
 
 class _Worker:
@@ -179,7 +186,7 @@ class _Worker:
         self.results: SimpleQueue[object] = SimpleQueue()
         self.moved = 0  # counts steps, by which a slow read differs from one that hangs
         self.gone: Optional[OSError] = None
-        self._abandoned = False
+        self.abandoned = False
         self._at = 0  # up to where the range at hand is copied
         self._buffer: Optional[memoryview] = None
         self._direct: weakref.WeakKeyDictionary[SpanFile, _Direct] = weakref.WeakKeyDictionary()
@@ -188,7 +195,7 @@ class _Worker:
 
     def abandon(self) -> None:
         """Let it do nothing more, whenever it comes back."""
-        self._abandoned = True
+        self.abandoned = True
         self.jobs.put(None)
 
     def _run(self) -> None:
@@ -212,7 +219,7 @@ class _Worker:
                 if isinstance(job, tuple):
                     ranges.append((job[0], job[1] - job[0]))
             first = taken.popleft()
-            if first is None or self._abandoned:
+            if first is None or self.abandoned:
                 return
             if len(ranges) > 1 or (ranges and taken):
                 self._disk.prefetch(ranges)
@@ -251,7 +258,7 @@ class _Worker:
                 self._at += span.length
 
     def _step(self) -> None:
-        if self._abandoned:
+        if self.abandoned:
             raise OSError(errno.ECANCELED, "it took too long")
         self.moved += 1
 
@@ -283,7 +290,7 @@ class _Worker:
                 self._at += count
                 position += count
         except OSError as error:
-            if self._abandoned:
+            if self.abandoned:
                 raise
             debug(f"{file.name}: not copied by the kernel: {error}")
 

@@ -148,7 +148,7 @@ def test_hanging_read(rescue: Any, compare: Any, random_file: Any, tmp_path: Pat
     image = random_file(tmp_path / "image", MIB)
     fault = f"if [ $1 -le {700 * SECTOR} -a $2 -gt {700 * SECTOR} ]; then sleep 1000; fi"
     with scripted(image, tmp_path, fault) as source:
-        done = rescue("nbd", source.uri, "--read-timeout=1", status=1)
+        done = rescue("nbd", source.uri, "--read-timeout=2", "--retries=1", status=1)
     assert "1 area" in done.stderr
     compare(image, faults(MIB // SECTOR, areas=[(700, 1)]))
 
