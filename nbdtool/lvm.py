@@ -249,6 +249,8 @@ def _read_volume(
             raise Error(f"the segments of {volume.name} don't follow one another")
         at += count
         kind = part.tree.get("type")
+        if not isinstance(kind, str):
+            raise Error(f"type of {volume.name} is damaged")
         if kind != "striped":
             doubt = f"its type is {kind}"
             continue
