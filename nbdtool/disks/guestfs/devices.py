@@ -13,7 +13,7 @@ from nbdtool.disks.guestfs.keys import Key
 from nbdtool.disks.guestfs.launch import first_line
 from nbdtool.errors import Error
 
-_LISTED = 32  # things that an error names at most
+LISTED = 32  # things that an error names at most
 # What blkid says, cryptsetup's word for it, and how the name of what is inside begins
 _ENCRYPTED = {
     "crypto_LUKS": ("luks", "/dev/mapper/luks-"),
@@ -31,8 +31,8 @@ def reason(g: Any, exc: RuntimeError) -> str:
 def listed(names: Iterable[str]) -> str:
     """Some of the names, for an error."""
     known = list(names)
-    more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
-    return ", ".join(known[:_LISTED]) + more or "nothing"
+    more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
+    return ", ".join(known[:LISTED]) + more or "nothing"
 
 
 def devices(g: Any) -> list[str]:

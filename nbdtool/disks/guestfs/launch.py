@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, Protocol
@@ -16,7 +17,8 @@ from nbdtool.errors import Error, debug, warn
 # How libguestfs and qemu say that KVM is there and doesn't work, as under another hypervisor.
 _CRASHED = re.compile(r"killed by signal|closed the connection unexpectedly|appliance .*crashed")
 _HUNG = ("KVM internal error", "kvm_msr_buf", "KVM: entry failed")
-_STEPS = 12  # of a launch, as libguestfs counts them
+_PATIENCE = 60.0  # seconds for an appliance with KVM, which takes five
+_PROGRAMS = ("qemu", "kvm", "supermin")
 _KEPT = 4096  # characters of what is said at once, and of what qemu said last
 
 
@@ -79,7 +81,10 @@ class Launcher:
 
     def _try(self) -> Any:
         g = self._guestfs.GuestFS(python_return_dict=True, close_on_exit=False)
-        said = _Said(self._guestfs, g, self._progress)
+        said = _Said(self._guestfs, self._progress)
+        patience = threading.Timer(_PATIENCE, said.hang)
+        patience.daemon = True
+        uses_kvm = False
         try:
             g.set_event_callback(said.hear, said.events)
             g.set_pgroup(True)  # or ^C at the terminal would be for it, too
@@ -91,16 +96,20 @@ class Launcher:
                 options: dict[str, Any] = {"blocksize": drive.sector} if drive.sector != 512 else {}
                 read_only = drive.read_only or not self._writable
                 g.add_drive_opts(drive.path, format=drive.format, readonly=read_only, **options)
+            uses_kvm = os.access("/dev/kvm", os.R_OK | os.W_OK) and not _has_setting(g, "force_tcg")
+            if uses_kvm:
+                patience.start()
             g.launch()
         except RuntimeError as exc:
-            uses_kvm = os.access("/dev/kvm", os.R_OK | os.W_OK) and not _has_setting(g, "force_tcg")
             g.close()
             text = f"libguestfs: {said.reason or first_line(exc)}"
             if uses_kvm and (said.hung or _CRASHED.search(str(exc))):
                 raise _Crash(text) from None
             hint = "" if self._debug else "; debug=on and -v show more"
             raise Error(f"{text}{hint}") from None
-        said.starting = False
+        finally:
+            said.starting = False
+            patience.cancel()
         return g
 
 
@@ -111,10 +120,8 @@ class _Crash(Error):
 class _Said:
     """What libguestfs and its qemu tell while they run."""
 
-    def __init__(self, guestfs: Any, g: Any, progress: Callable[[int, int], None]) -> None:
+    def __init__(self, guestfs: Any, progress: Callable[[int, int], None]) -> None:
         self._guestfs, self._progress = guestfs, progress
-        # It may have been closed when the last events come.
-        self._pid: Callable[[], int] = g.get_pid
         self.events = guestfs.EVENT_PROGRESS | guestfs.EVENT_APPLIANCE | guestfs.EVENT_LIBRARY
         self.events |= guestfs.EVENT_TRACE | guestfs.EVENT_WARNING
         self.starting = True
@@ -130,15 +137,21 @@ class _Said:
             debug(f"libguestfs: {line}")
         if event == self._guestfs.EVENT_APPLIANCE and self.starting:
             self._text = (self._text + text)[-_KEPT:]
-            if not self.hung and any(sign in self._text for sign in _HUNG):
-                self.hung = True
-                with contextlib.suppress(RuntimeError, OSError):
-                    os.kill(self._pid(), signal.SIGKILL)  # it would wait for ever
+            if any(sign in self._text for sign in _HUNG):
+                self.hang()
+
+    def hang(self) -> None:
+        """It will never be there, and be waited for."""
+        if self.starting and not self.hung:
+            self.hung = True
+            end_children()
 
     @property
     def reason(self) -> str:
         """What qemu itself says is wrong; "" if nothing."""
         lines = re.findall(r"^(?:qemu[\w-]*: |KVM ).*$", self._text, re.MULTILINE)
+        if self.hung and not lines:
+            return f"no sign of life after {_PATIENCE:.0f} s"
         return lines[-1].strip() if lines else ""
 
 
@@ -155,6 +168,6 @@ def end_children() -> None:
     """End the programs that libguestfs has started: its call that waits for them then fails."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-            if parent == os.getpid():
-                os.kill(int(path.parent.name), signal.SIGTERM)
+            name, _, rest = path.read_text().partition("(")[2].rpartition(")")
+            if int(rest.split()[1]) == os.getpid() and name.startswith(_PROGRAMS):
+                os.kill(int(path.parent.name), signal.SIGKILL)

@@ -11,20 +11,18 @@ from nbdtool.table import table
 
 _HEAD = ("NAME", "SIZE", "CONTENT", "LABEL", "UUID")
 _KEYS = ("name", "size", "content", "label", "uuid")
-_SUBVOLUME = "btrfsvol:"
 
 
 def listing(g: Any, *, as_json: bool) -> str:
     """All devices and the subvolumes on them, as a table or as JSON. Raises RuntimeError."""
-    subvolumes = [name for name in g.list_filesystems() if name.startswith(_SUBVOLUME)]
     rows: list[dict[str, Any]] = []
     for name in _names(g):
         rows.append(_describe(g, name))
-        rows += [
-            {**dict.fromkeys(_KEYS), "name": subvolume, "content": "btrfs subvolume"}
-            for subvolume in sorted(subvolumes)
-            if subvolume.startswith(f"{_SUBVOLUME}{name}/")
-        ]
+        if rows[-1]["content"] == "btrfs":
+            rows += [
+                {**dict.fromkeys(_KEYS), "name": subvolume, "content": "btrfs subvolume"}
+                for subvolume in _subvolumes(g, name)
+            ]
     if as_json:
         return json.dumps(rows, indent=2) + "\n"
     lines = [
@@ -54,6 +52,15 @@ def _describe(g: Any, name: str) -> dict[str, Any]:
         "label": _text(g, "vfs_label", name) if kind else None,
         "uuid": _text(g, "vfs_uuid", name) if kind else None,
     }
+
+
+def _subvolumes(g: Any, name: str) -> list[str]:
+    try:
+        found = g.btrfs_subvolume_list(name)
+    except RuntimeError as exc:
+        reason(g, exc)
+        return []
+    return [f"btrfsvol:{name}/{each['btrfssubvolume_path']}" for each in found]
 
 
 def _text(g: Any, call: str, name: str) -> Any:

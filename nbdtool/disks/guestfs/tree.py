@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Sequence
 from typing import Any
 
-from nbdtool.disks.guestfs.devices import listed, reason
+from nbdtool.disks.guestfs.devices import LISTED, content, devices, listed, reason
 from nbdtool.disks.guestfs.mounts import INSPECT, Mount, parse_mount
 from nbdtool.errors import Error, warn
 
@@ -30,8 +30,7 @@ def _mount(g: Any, mount: Mount, writable: bool) -> None:
 
 
 def _filesystems(g: Any) -> str:
-    found = g.list_filesystems()
-    return listed(f"{name} ({kind})" for name, kind in sorted(found.items()))
+    return listed(f"{name} ({content(g, name) or 'unknown'})" for name in devices(g)[:LISTED])
 
 
 def _mount_guest(g: Any, writable: bool) -> None:
