@@ -89,7 +89,7 @@ def _chain(disk: Disk, sector: int, extended: int, length: int) -> list[tuple[in
             if kind in _EXTENDED and count:
                 if following is None:
                     following, room = extended + start, count
-            elif kind and count:
+            elif count:  # of whatever type: Linux numbers those of none as well
                 # The last two entries may have garbage in them.
                 inside = start + count <= this_room
                 inside &= extended <= link + start <= extended + length - count

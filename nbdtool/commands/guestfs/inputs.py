@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from nbdtool.disk import read_bytes
@@ -33,8 +32,7 @@ class Image(NamedTuple):
     format: str
 
 
-@dataclass(frozen=True)
-class Drive:
+class Drive(NamedTuple):
     """A drive of the appliance; the first is /dev/sda."""
 
     path: str  # absolute: no start of it is taken for a protocol

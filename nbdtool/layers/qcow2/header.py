@@ -7,7 +7,6 @@ Specification: docs/interop/qcow2.txt of QEMU, sections "Header", "Header extens
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from nbdtool.disk import Disk, read_bytes
@@ -55,8 +54,7 @@ class Snapshot(NamedTuple):
     l1_entries: int
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What the header of a qcow2 image says; offsets and sizes in bytes."""
 
     version: int
