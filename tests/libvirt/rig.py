@@ -149,6 +149,7 @@ class Proxy:
         self.delay = delay
         self._frozen = threading.Event()
         self._port = port
+        self.connections = 0  # that were made so far
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -167,6 +168,7 @@ class Proxy:
                 for sock in ours, theirs:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._sockets += ours, theirs
+                self.connections += 1
                 self._join(ours, theirs, self._frozen)
                 self._join(theirs, ours, self._frozen)
 

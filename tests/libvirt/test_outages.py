@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from nbdtool.disks.libvirt.peek import CONNECTIONS
 from tests.libvirt.rig import Proxy, Rig, disk
 
 pytestmark = pytest.mark.slow
@@ -45,7 +46,10 @@ def test_libvirtd_is_killed_and_restarted_under_a_copy(
             [*command, "libvirt", "big", f"connect={way.uri}", "--to-file", out],
             stderr=subprocess.PIPE,
         )
-        time.sleep(1.5)
+        deadline = time.monotonic() + 60
+        while way.connections < 1 + CONNECTIONS:  # then it reads
+            assert time.monotonic() < deadline and copy.poll() is None
+            time.sleep(0.02)
         rig.stop(signal.SIGKILL)
         assert copy.poll() is None
         time.sleep(1)
