@@ -41,15 +41,14 @@ def rescue_disk(
             if not mapped.known:
                 mapped.remove()
             raise
-        hung = False
         try:
+            opened.sync()  # what the journal speaks of
             mapped.save(mapped.blocks, mapped.status)
             opened.prepare()
-            hung = _run(disk, opened, mapped, progress, retries, read_timeout, fill)
+            _run(disk, opened, mapped, progress, retries, read_timeout, fill)
             return mapped.blocks.totals[DONE] == disk.size
         finally:
-            if not hung:
-                opened.close()
+            opened.close()
     finally:
         mapped.close()
 
@@ -62,22 +61,21 @@ def _run(
     retries: int,
     read_timeout: float,
     fill: bytes,
-) -> bool:
-    """The rescue and its summary; whether a thread still hangs."""
+) -> None:
+    """The rescue and its summary."""
     began = time.monotonic()
     rescue = Rescue(disk, target, mapped, progress, retries=retries, read_timeout=read_timeout)
-    hung = True
     try:
-        rescue.run()
-        hung = not rescue.reader.close()
+        try:
+            rescue.run()
+        finally:
+            target.written = rescue.reader.close()
         rescue.finish(fill)
     except BaseException:
-        rescue.reader.close()
         _keep(target, mapped)
         raise
     finally:
         tell(_summary(mapped, time.monotonic() - began))
-    return hung
 
 
 def _keep(target: Target, mapped: MapFile) -> None:

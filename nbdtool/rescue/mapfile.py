@@ -146,6 +146,8 @@ class MapFile:
             raise self._wrong(number, "not a status line (position, phase, pass)")
         position = self._integer(number, words[0])
         turn = int(words[2]) if len(words) == 3 and words[2].isdecimal() else 1
+        if words[1] in "FG":  # ddrescue's other modes
+            return Status()
         return Status(position, words[1], turn)
 
     def _block(self, number: int, words: list[str]) -> Block:

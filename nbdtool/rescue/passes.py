@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import time
-from collections import deque
 from typing import Callable, Optional, Protocol
 
 from nbdtool.disk import STATE_ZERO, Disk
@@ -20,6 +19,7 @@ from nbdtool.errors import debug
 from nbdtool.rescue.blocks import BAD, DONE, FAILED, UNSCRAPED, UNTRIED, UNTRIMMED, Blocks
 from nbdtool.rescue.mapfile import FINISHED, MapFile, Status
 from nbdtool.rescue.reader import Outcome, Reader
+from nbdtool.rescue.sectors import Retrying, Scraping, trim
 from nbdtool.rescue.target import Target
 
 _LARGE = 1 << 20  # bytes of a read while all goes well
@@ -68,6 +68,7 @@ class Rescue:
         self.sector = max(disk.block_size[0], 512)
         self.least = _LEAST * self.sector
         self.most = max(min(_LARGE, disk.block_size[2]) // self.sector, 1) * self.sector
+        self.cluster = min(max(_CLUSTER // self.sector, 1) * self.sector, self.most)
         self.piece = self.most
         self.depth = _DEPTH
         self.quick = False  # whether errors are
@@ -82,14 +83,14 @@ class Rescue:
         """All the passes; what is then left is bad."""
         self._copy()
         self._enter(UNTRIMMED, "trimming")
-        _trim(self)
+        trim(self)
         self._enter(UNSCRAPED, "scraping")
-        _Scraping(self).run()
+        Scraping(self).run()
         for number in range(1, self._retries + 1):
             if not self.blocks.totals[BAD]:
                 break
             self._enter(BAD, f"retry {number}", number)
-            _Retrying(self, forwards=number % 2 == 1).run()
+            Retrying(self, forwards=number % 2 == 1).run()
 
     def _copy(self) -> None:
         before = self._mapfile.status
@@ -164,7 +165,7 @@ class Rescue:
     def shrink(self) -> None:
         """Read less at once, after an error."""
         if self.piece > _CLUSTER or not self.quick:
-            self.piece = min(max(_CLUSTER // self.sector, 1) * self.sector, self.most)
+            self.piece = self.cluster
         elif self._streak <= -_SHRINKING:
             self.piece = max(self.piece // 2 // self.sector * self.sector, self.least)
             self._streak = 0
@@ -302,125 +303,3 @@ class _Copying:
             self._skip = min(2 * self._skip, most)
         else:
             self._go_on(stop)
-
-
-def _trim(rescue: Rescue) -> None:
-    """Read the edges of what failed, but for those beside a bad sector, up to the next one."""
-    blocks, sector = rescue.blocks, rescue.sector
-    for start, end, _ in blocks.within(0, rescue.size, UNTRIMMED):
-        if rescue.quick:
-            return  # halving does as well
-        before, after = blocks.before(start, BAD), blocks.after(end, BAD)
-        bad = before is not None and before.end == start
-        while start < end and not bad:
-            stop = min(end, (start // sector + 1) * sector)
-            bad = not _try(rescue, start, stop)
-            start = stop
-        bad = after is not None and after.start == end
-        while start < end and not bad:
-            stop = max(start, (end - 1) // sector * sector)
-            bad = not _try(rescue, stop, end)
-            end = stop
-        if start < end:
-            rescue.mark(start, end, UNSCRAPED)
-
-
-def _try(rescue: Rescue, start: int, end: int) -> bool:
-    """Read one sector."""
-
-    def settle(outcome: Outcome) -> None:
-        if outcome.error:
-            rescue.mark(outcome.done, end, BAD)
-
-    rescue.position = start
-    rescue.reader.ask(start, end)
-    rescue.settle(settle)
-    return rescue.blocks.state(end - 1) == DONE
-
-
-class _Scraping:
-    """The pass over what failed in larger reads."""
-
-    def __init__(self, rescue: Rescue) -> None:
-        self._rescue = rescue
-        self._parts: deque[tuple[int, int]] = deque()  # of what failed, to be read next
-
-    def run(self) -> None:
-        self._rescue.piece = 4 * self._rescue.least
-        self._rescue.drive(self._following, self._settle)
-
-    def _following(self) -> Optional[tuple[int, int]]:
-        if self._parts:
-            return self._parts.popleft()
-        rescue = self._rescue
-        block = rescue.blocks.after(rescue.position, UNTRIMMED + UNSCRAPED)
-        if block is None:
-            return None
-        size = rescue.piece if rescue.quick else rescue.sector
-        start = block.start
-        end = min(block.end, start - start % size + size)
-        rescue.position = end
-        return start, end
-
-    def _settle(self, outcome: Outcome) -> None:
-        rescue, sector = self._rescue, self._rescue.sector
-        at, end = outcome.done, outcome.end
-        if outcome.error is None:
-            rescue.grow(_CLUSTER)
-            return
-        if outcome.error.errno == errno.ECANCELED:
-            self._parts.append((at, end))
-            return
-        first, last = at // sector, (end - 1) // sector
-        if outcome.ended or first == last:
-            rescue.mark(at, end, BAD)
-            return
-        rescue.shrink()
-        cuts = [(first + last + 1) // 2] if rescue.quick else range(first + 1, last + 1)
-        edges = [at, *(cut * sector for cut in cuts), end]
-        self._parts.extendleft(reversed(list(zip(edges, edges[1:]))))
-
-
-class _Retrying:
-    """A pass over the bad sectors; larger reads where a file of the source has ended."""
-
-    def __init__(self, rescue: Rescue, *, forwards: bool) -> None:
-        self._rescue, self._forwards = rescue, forwards
-        self._ended = False
-        self._parts: deque[tuple[int, int]] = deque()
-
-    def run(self) -> None:
-        self._rescue.position = 0 if self._forwards else self._rescue.size
-        self._rescue.drive(self._following, self._settle)
-
-    def _following(self) -> Optional[tuple[int, int]]:
-        if self._parts:
-            return self._parts.popleft()
-        rescue = self._rescue
-        size = _LARGE if self._ended else rescue.sector
-        if self._forwards:
-            block = rescue.blocks.after(rescue.position, BAD)
-            if block is None:
-                return None
-            start, end = block.start, min(block.end, block.start - block.start % size + size)
-            rescue.position = end
-        else:
-            block = rescue.blocks.before(rescue.position, BAD)
-            if block is None:
-                return None
-            start, end = max(block.start, (block.end - 1) // size * size), block.end
-            rescue.position = start
-        return start, end
-
-    def _settle(self, outcome: Outcome) -> None:
-        sector = self._rescue.sector
-        at, end = outcome.done, outcome.end
-        self._ended = outcome.ended and at == outcome.start
-        if outcome.error is None or outcome.ended:
-            return
-        if outcome.error.errno == errno.ECANCELED:
-            self._parts.append((at, end))
-        elif end - outcome.start > sector:
-            cuts = range(at // sector + 1, (end - 1) // sector + 1)
-            edges = [at, *(cut * sector for cut in cuts), end]
-            self._parts.extend(zip(edges, edges[1:]))

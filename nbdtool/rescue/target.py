@@ -23,6 +23,7 @@ class Target:
 
     def __init__(self, path: str, size: int, *, known: bool, needed: int) -> None:
         self.name, self._size = path, size
+        self.written = True  # False while a thread that hangs may still write to it
         with self._naming():
             self.fd, device = self._open(needed)
         try:
@@ -111,4 +112,5 @@ class Target:
             os.fdatasync(self.fd)
 
     def close(self) -> None:
-        os.close(self.fd)
+        if self.written:
+            os.close(self.fd)

@@ -84,10 +84,12 @@ def test_target_is_a_pipe(refused: Any, tmp_path: Path) -> None:
     refused("needs a regular file or a block device")
 
 
-def test_forms_of_a_map(rescue: Any, compare: Any, image: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("phase", "?+F")
+def test_forms_of_a_map(rescue: Any, compare: Any, image: Path, tmp_path: Path, phase: str) -> None:
     """Decimal, octal, comments, no pass, a beginning and an end that aren't in it."""
     (tmp_path / "map").write_text(
-        "# made by hand\n\n  010 ? # the status\n512 01000 + # one\n0x400 512 -\n#@ 0 512 +\n"
+        f"# made by hand\n\n  010 {phase} # the status\n"
+        "512 01000 + # one\n0x400 512 -\n#@ 0 512 +\n"
     )
     with (tmp_path / "target").open("wb") as file, image.open("rb") as source:
         file.write(source.read(1024))
