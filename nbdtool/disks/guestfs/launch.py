@@ -92,10 +92,11 @@ class Launcher:
             g.set_trace(self._trace)
             if self._without_kvm:
                 g.set_backend_setting("force_tcg", "1")
-            for drive in self._drives:
+            for number, drive in enumerate(self._drives):
                 options: dict[str, Any] = {"blocksize": drive.sector} if drive.sector != 512 else {}
-                read_only = drive.read_only or not self._writable
-                g.add_drive_opts(drive.path, format=drive.format, readonly=read_only, **options)
+                options["readonly"] = drive.read_only or not self._writable
+                options["label"] = letters(number)
+                g.add_drive_opts(drive.path, format=drive.format, **options)
             uses_kvm = os.access("/dev/kvm", os.R_OK | os.W_OK) and not _has_setting(g, "force_tcg")
             if uses_kvm:
                 patience.start()
@@ -153,6 +154,12 @@ class _Said:
         if self.hung and not lines:
             return f"no sign of life after {_PATIENCE:.0f} s"
         return lines[-1].strip() if lines else ""
+
+
+def letters(number: int) -> str:
+    """What stands behind /dev/sd for a drive; its label, too."""
+    rest, last = divmod(number, 26)
+    return (letters(rest - 1) if rest else "") + chr(ord("a") + last)
 
 
 def _has_setting(g: Any, name: str) -> bool:

@@ -9,6 +9,7 @@ probed by udev afterwards either.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
@@ -50,9 +51,13 @@ def make_nodes(g: Any, names: Sequence[str]) -> list[Node]:
 
 def _number(g: Any, device: str) -> Optional[int]:
     """Its device number; None if there is no such block device."""
+    # The kernel finds disks in any order, and libguestfs gives them its own names. A drive's label
+    # leads to the drive and its partitions.
+    found = re.fullmatch("/dev/sd([a-z]+[0-9]*)", device)
+    path = f"/dev/disk/guestfs/{found[1]}" if found else device
     for _ in range(_TRIES):
         try:
-            st = g.statns(device)
+            st = g.statns(path)
             return int(st["st_rdev"]) if stat.S_ISBLK(st["st_mode"]) else None
         except RuntimeError as exc:
             reason(g, exc)
@@ -61,7 +66,7 @@ def _number(g: Any, device: str) -> Optional[int]:
 
 
 def _settle(g: Any) -> None:
-    """Let udev end: for it, partitions go and come again."""
+    """Let udev end: it makes the links to drives, and may look at partitions anew."""
     g.pread_device(g.list_devices()[0], 1, 0)
 
 
