@@ -17,7 +17,7 @@ from nbdtool.disk import Disk, Extent, FileSpan, Gone, Span, SpanFile
 from nbdtool.errors import Error, debug
 from nbdtool.rescue.target import Target
 
-_STEP = 1 << 20  # bytes that one system call copies: what may hang together
+_STEP = 1 << 20  # bytes that one system call reads: what may hang together
 _FINE = 64 << 10  # bytes: reads up to that are direct, if the page cache can be passed by
 _WORKERS = 2  # threads that copy, as long as several reads are asked for at a time
 _MANY = 8  # threads that hang
@@ -265,8 +265,7 @@ class _Worker:
     def _copy_file(self, span: FileSpan, fine: bool) -> None:
         file, position, length = span
         start, end = self._at, self._at + length
-        if not fine:
-            self._let_copy(file, position, end)
+        # The kernel isn't asked to copy: it may let both files share what can't be read.
         while self._at < end:
             self._step()
             view = self._read_file(file, position + self._at - start, end - self._at, fine)
@@ -277,22 +276,6 @@ class _Worker:
         except OSError:
             self._at = start
             raise
-
-    def _let_copy(self, file: SpanFile, position: int, end: int) -> None:
-        """Have the kernel copy up to `end`, as far as it can; what is wrong is found out later."""
-        try:
-            while self._at < end:
-                self._step()
-                length = min(end - self._at, _STEP)
-                count = os.copy_file_range(file.fd, self._target.fd, length, position, self._at)
-                if not count:
-                    return
-                self._at += count
-                position += count
-        except OSError as error:
-            if self.abandoned:
-                raise
-            debug(f"{file.name}: not copied by the kernel: {error}")
 
     def _read_file(self, file: SpanFile, position: int, length: int, fine: bool) -> memoryview:
         """Some of `length` bytes of a file; OSError, _Exact or _Ended."""

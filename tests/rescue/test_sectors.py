@@ -124,6 +124,26 @@ def test_holes(rescue: Any, tmp_path: Path) -> None:
             assert os.pread(one.fileno(), 60000, place) == os.pread(other.fileno(), 60000, place)
 
 
+def test_source_on_the_same_filesystem(
+    nbdtool: Any, run: Any, random_file: Any, tmp_path: Path
+) -> None:
+    """A target that shares the blocks of the source would be as bad as they are."""
+    store, folder = tmp_path / "store", tmp_path / "folder"
+    with store.open("wb") as file:
+        file.truncate(400 * MIB)
+    run("mkfs.xfs", "-q", "-m", "reflink=1", store)
+    folder.mkdir()
+    run("mount", "-o", "loop", store, folder)
+    try:
+        image = random_file(folder / "image", 8 * MIB)
+        words = ["--to-file", folder / "target", "--rescue", folder / "map"]
+        nbdtool("file", image, *words, status=0)
+        assert (folder / "target").read_bytes() == image.read_bytes()
+        assert "shared" not in run("filefrag", "-v", folder / "target")
+    finally:
+        run("umount", folder)
+
+
 def test_block_device_as_target(
     nbdtool: Any, loop_device: Any, random_file: Any, image: Path, tmp_path: Path
 ) -> None:
