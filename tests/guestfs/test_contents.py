@@ -16,7 +16,7 @@ from nbdtool.disks.guestfs.appliance import Appliance
 from nbdtool.disks.guestfs.devices import devices, unlock
 from nbdtool.disks.guestfs.disk import ApplianceDisk
 from nbdtool.disks.guestfs.keys import parse_key
-from nbdtool.disks.guestfs.listing import listing
+from nbdtool.disks.guestfs.listing import as_text, describe
 from nbdtool.disks.guestfs.nodes import make_nodes
 from nbdtool.disks.guestfs.tree import file_size, mount_all
 from nbdtool.errors import Error
@@ -160,8 +160,10 @@ def test_listing(appliance: Appliance, images: dict[str, Images], tmp_path: Any)
     file = tmp_path / "passphrase"
     file.write_text(PASSPHRASE + "\nmore\n")
     appliance.call(partial(unlock, keys=[parse_key(f"all:file:{file}")], read_only=True))
-    rows = json.loads(appliance.call(partial(listing, as_json=True)))
+    rows = appliance.call(describe)
+    assert json.loads(as_text(rows, as_json=True)) == rows
     found = {row["name"]: row for row in rows}
+    assert len(found) == len(rows)
     assert [row["name"] for row in rows][:3] == ["/dev/sda", "/dev/sda1", "/dev/sda2"]
     assert found["/dev/sda"]["content"] == "gpt"
     ext4 = found["/dev/sda1"]
@@ -172,6 +174,6 @@ def test_listing(appliance: Appliance, images: dict[str, Images], tmp_path: Any)
     assert found["/dev/sdc1"]["content"] == "crypto_LUKS"
     assert found["/dev/vgcrypt/secret"]["content"] == "ext4"
     assert set(appliance.call(devices)) <= set(found)
-    text = appliance.call(partial(listing, as_json=False))
+    text = as_text(rows, as_json=False)
     assert text.splitlines()[0].split() == ["NAME", "SIZE", "CONTENT", "LABEL", "UUID"]
     assert len(text.splitlines()) == len(rows) + 1

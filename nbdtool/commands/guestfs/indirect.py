@@ -13,7 +13,7 @@ from nbdtool.disks.guestfs.appliance import Appliance
 from nbdtool.disks.guestfs.devices import unlock
 from nbdtool.disks.guestfs.disk import PIECE, ApplianceDisk
 from nbdtool.disks.guestfs.keys import Key
-from nbdtool.disks.guestfs.listing import listing
+from nbdtool.disks.guestfs.listing import as_text, describe
 from nbdtool.disks.guestfs.nodes import make_nodes
 from nbdtool.disks.guestfs.tree import file_size, mount_all
 from nbdtool.errors import Error
@@ -66,12 +66,12 @@ def list_indirect(request: Request, *, as_json: bool) -> str:
     """What --list prints. Raises Error, OSError."""
     appliance = request.start()
     try:
-        text = appliance.call(partial(listing, as_json=as_json))
+        rows = appliance.call(describe)
     except BaseException as exc:
         _end(appliance, exc)
         raise
     appliance.close()
-    return text
+    return as_text(rows, as_json=as_json)
 
 
 def _end(appliance: Appliance, exc: BaseException) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from nbdtool.disks.guestfs.devices import content, devices, reason
+from nbdtool.disks.guestfs.devices import devices, reason
 from nbdtool.progress import human
 from nbdtool.table import table
 
@@ -13,16 +13,26 @@ _HEAD = ("NAME", "SIZE", "CONTENT", "LABEL", "UUID")
 _KEYS = ("name", "size", "content", "label", "uuid")
 
 
-def listing(g: Any, *, as_json: bool) -> str:
-    """All devices and the subvolumes on them, as a table or as JSON. Raises RuntimeError."""
+def describe(g: Any) -> list[dict[str, Any]]:
+    """All devices, each disk before its partitions, and the subvolumes on them. RuntimeError."""
+    disks = g.list_devices()
+    names: dict[str, None] = {}
+    for name in devices(g):
+        disk = name.rstrip("0123456789")
+        names.update(dict.fromkeys([disk, name] if disk in disks else [name]))
     rows: list[dict[str, Any]] = []
-    for name in _names(g):
+    for name in names:
         rows.append(_describe(g, name))
         if rows[-1]["content"] == "btrfs":
             rows += [
                 {**dict.fromkeys(_KEYS), "name": subvolume, "content": "btrfs subvolume"}
                 for subvolume in _subvolumes(g, name)
             ]
+    return rows
+
+
+def as_text(rows: list[dict[str, Any]], *, as_json: bool) -> str:
+    """The rows as a table or as JSON."""
     if as_json:
         return json.dumps(rows, indent=2) + "\n"
     lines = [
@@ -33,24 +43,18 @@ def listing(g: Any, *, as_json: bool) -> str:
     return table([_HEAD, *lines])
 
 
-def _names(g: Any) -> list[str]:
-    """All devices, each disk before its partitions."""
-    names: list[str] = []
-    disks = g.list_devices()
-    for name in devices(g):
-        disk = name.rstrip("0123456789")
-        names += [other for other in (disk, name) if other in (*disks, name) and other not in names]
-    return names
-
-
 def _describe(g: Any, name: str) -> dict[str, Any]:
-    kind = content(g, name)
+    try:
+        found = g.blkid(name)
+    except RuntimeError as exc:
+        reason(g, exc)
+        found = {}
     return {
         "name": name,
         "size": g.blockdev_getsize64(name),
-        "content": kind or _text(g, "part_get_parttype", name),
-        "label": _text(g, "vfs_label", name) if kind else None,
-        "uuid": _text(g, "vfs_uuid", name) if kind else None,
+        "content": found.get("TYPE") or found.get("PTTYPE"),
+        "label": found.get("LABEL"),
+        "uuid": found.get("UUID"),
     }
 
 
@@ -61,12 +65,3 @@ def _subvolumes(g: Any, name: str) -> list[str]:
         reason(g, exc)
         return []
     return [f"btrfsvol:{name}/{each['btrfssubvolume_path']}" for each in found]
-
-
-def _text(g: Any, call: str, name: str) -> Any:
-    """What libguestfs says; None if that is nothing, or a failure."""
-    try:
-        return getattr(g, call)(name) or None
-    except RuntimeError as exc:
-        reason(g, exc)
-        return None
