@@ -205,10 +205,14 @@ def _refuse_stream(target: str) -> None:
 
 
 def _refuse_with_rescue(args: argparse.Namespace) -> None:
+    if not args.rescue:
+        raise UsageError("--rescue: its value is missing")
     if args.verify:
         raise UsageError("--verify would read a failing source again; --sha256 reads the target")
     if args.to_file == "-":
         raise UsageError("--rescue writes in no order, so that - won't do; give a file")
+    if args.to_dir is None and os.path.realpath(args.rescue) == os.path.realpath(args.to_file):
+        raise UsageError(f"{args.rescue}: is the target; give the map file a name of its own")
     # Behind a file's name in the directory: nothing else may come of it.
     if args.to_dir is not None and not re.fullmatch(r"(?!img)[\w-]+", args.rescue, re.ASCII):
         raise UsageError(

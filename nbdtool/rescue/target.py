@@ -60,7 +60,7 @@ class Target:
     def _refuse_other(self, length: int, known: bool, needed: int) -> None:
         if length and not known:
             raise Error(f"{self.name}: exists without its map file; give that, or another target")
-        if not needed <= length <= self._size and needed:
+        if not needed <= length <= self._size:
             raise Error(
                 f"{self.name}: isn't what its map file speaks of: it has {length} bytes,"
                 f" {needed} to {self._size} are expected"

@@ -49,6 +49,21 @@ def test_target_of_another_size(refused: Any, tmp_path: Path) -> None:
     refused("it has 4095 bytes, 4096 to 8388608 are expected")
 
 
+def test_longer_target_that_has_nothing_yet(refused: Any, tmp_path: Path) -> None:
+    write_map(tmp_path / "map", "?" * SECTORS)
+    (tmp_path / "target").write_bytes(b"precious" * (MIB + 1))
+    refused("it has 8388616 bytes, 0 to 8388608 are expected")
+
+
+def test_target_as_map(nbdtool: Any, image: Path, tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    for words in (["--rescue", link], ["--rescue="]):
+        done = nbdtool("file", image, "--to-file", target, *words, status=2)
+        assert "its own" in done.stderr or "value is missing" in done.stderr
+        assert not target.exists()
+
+
 def test_map_of_another_disk(refused: Any, tmp_path: Path) -> None:
     write_map(tmp_path / "map", "+" * (SECTORS + 1))
     refused("is the map of another disk")
