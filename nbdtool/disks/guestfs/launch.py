@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, Protocol
 
+from nbdtool.disks.guestfs.hypervisor import guarded
 from nbdtool.errors import Error, debug, warn
 
 # How libguestfs and qemu say that KVM is there and doesn't work, as under another hypervisor.
@@ -100,7 +101,8 @@ class Launcher:
             uses_kvm = os.access("/dev/kvm", os.R_OK | os.W_OK) and not _has_setting(g, "force_tcg")
             if uses_kvm:
                 patience.start()
-            g.launch()
+            with guarded(g):
+                g.launch()
         except RuntimeError as exc:
             g.close()
             text = f"libguestfs: {said.reason or first_line(exc)}"
