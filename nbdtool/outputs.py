@@ -173,7 +173,7 @@ class BlockDevice(RegularFile):
         super().__init__(fd)
         capacity = os.lseek(fd, 0, os.SEEK_END)
         if capacity < size:
-            raise OSError(errno.ENOSPC, f"the device has {capacity} bytes, the disk {size}")
+            raise OSError(errno.EFBIG, f"the device has {capacity} bytes, the disk {size}")
 
     def write_zeroes(self, offset: int, length: int) -> None:
         end = offset + length

@@ -21,10 +21,18 @@ def trim(rescue: Rescue) -> None:
             return  # halving does as well
         before, after = blocks.before(start, BAD), blocks.after(end, BAD)
         bad = before is not None and before.end == start
+        size = sector
+        # More than a cluster is what a hanging read has left, most of it good.
+        most = rescue.cluster if end - start > rescue.cluster else sector
         while start < end and not bad:
-            stop = min(end, (start // sector + 1) * sector)
-            bad = not _try(rescue, start, stop)
-            start = stop
+            stop = min(end, (start // size + 1) * size)
+            if _try(rescue, start, stop):
+                start, size = stop, min(2 * size, most)
+            elif size > sector:
+                start, size = _rest(rescue, start, end), sector
+                most = sector
+            else:
+                start, bad = stop, True
         bad = after is not None and after.start == end
         while start < end and not bad:
             stop = max(start, (end - 1) // sector * sector)
@@ -35,16 +43,22 @@ def trim(rescue: Rescue) -> None:
 
 
 def _try(rescue: Rescue, start: int, end: int) -> bool:
-    """Read one sector."""
+    """Read one sector, or several, of which none is bad for that."""
 
     def settle(outcome: Outcome) -> None:
-        if outcome.error:
+        if outcome.error and end - start <= rescue.sector:
             rescue.mark(outcome.done, end, BAD)
 
     rescue.position = start
     rescue.reader.ask(start, end)
     rescue.settle(settle)
     return rescue.blocks.state(end - 1) == DONE
+
+
+def _rest(rescue: Rescue, start: int, end: int) -> int:
+    """Where what is still to be read of a range starts."""
+    rest = rescue.blocks.after(start, UNTRIMMED)
+    return min(rest.start, end) if rest else end
 
 
 class Scraping:

@@ -153,6 +153,17 @@ def test_hanging_read(rescue: Any, compare: Any, random_file: Any, tmp_path: Pat
     compare(image, faults(MIB // SECTOR, areas=[(700, 1)]))
 
 
+def test_server_that_hangs_once(
+    rescue: Any, compare: Any, random_file: Any, tmp_path: Path
+) -> None:
+    """What it owed then isn't asked for sector by sector."""
+    image = random_file(tmp_path / "image", MIB)
+    with scripted(image, tmp_path, "mkdir $TMP/once && sleep 1000") as source:
+        rescue("nbd", source.uri, "--read-timeout=1", status=0)
+        assert len(source.reads()) < 60
+    compare(image, "+" * (MIB // SECTOR))
+
+
 @pytest.mark.slow
 def test_all_reads_hang(rescue: Any, image: Path, tmp_path: Path) -> None:
     with scripted(image, tmp_path, "sleep 1000") as source:
