@@ -9,6 +9,7 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Callable
 
+from nbdtool import temporary
 from nbdtool.disk import Disk
 from nbdtool.errors import UsageError, debug, tell, warn
 from nbdtool.progress import human
@@ -130,6 +131,7 @@ class Server:
         """What needs our first user's rights, and then what must work without them."""
         if self._args.pid_file is not None:
             process.write_pid_file(self._args.pid_file)  # clients can connect: they wait in line
+        self._privileges.give(temporary.paths)
         self._privileges.drop()
         for disk in disks.values():
             disk.verify_access()

@@ -25,8 +25,8 @@ def rig() -> Iterator[Rig]:
     try:
         made.start()
         yield made
-        made.stop()
     finally:
+        made.close()
         subprocess.run(["umount", made.small], check=True)
         shutil.rmtree(directory)
 

@@ -6,13 +6,15 @@ Guests have no operating system, and run without KVM.
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
@@ -21,6 +23,23 @@ import libvirt  # type: ignore[import-untyped]
 
 _PRIVATE = ("/run/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt",
             "/etc/libvirt")  # fmt: skip
+
+# Starts the daemon whenever a byte comes, and tells its process ID. It takes in the guests, whose
+# ends libvirtd waits for: the first process of a container may take seconds to notice them.
+_KEEPER = """
+import ctypes, os, select, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+while True:
+    if select.select([0], [], [], 0.02)[0]:
+        if not os.read(0, 1):
+            break
+        print(os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ), flush=True)
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+"""
 
 
 class Rig:
@@ -33,7 +52,8 @@ class Rig:
             self.port = listener.getsockname()[1]
         self.uri = f"qemu:///system?socket={directory}/sockets/libvirt-sock"
         self.tcp_uri = f"qemu+tcp://127.0.0.1:{self.port}/system"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._keeper: subprocess.Popen[bytes] | None = None
+        self._daemon = 0  # its process ID
         for path in _PRIVATE:
             (directory / "private" / path.replace("/", "-")).mkdir(parents=True)
         self.images.mkdir(parents=True)
@@ -58,27 +78,46 @@ class Rig:
             f"mkdir -p {path} && mount --bind {private / path.replace('/', '-')} {path}"
             for path in _PRIVATE
         ]
-        daemon = f"exec libvirtd -f {self.directory}/libvirtd.conf -p {self.directory}/pid --listen"
+        daemon = (
+            f"exec libvirtd -f {self.directory}/libvirtd.conf -p {self.directory}/pid --listen"
+            f" </dev/null >>{self.directory}/log 2>&1"
+        )
         script = " && ".join([*mounts, daemon])
-        with (self.directory / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                ["unshare", "--mount", "--propagation", "private", "sh", "-c", script],
-                stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+        if self._keeper is None:
+            words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
+            self._keeper = subprocess.Popen(
+                [sys.executable, "-c", _KEEPER, *words],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
             )  # fmt: skip
+        assert self._keeper.stdin is not None and self._keeper.stdout is not None
+        self._keeper.stdin.write(b"+")
+        self._daemon = int(self._keeper.stdout.readline())
         deadline = time.monotonic() + 60
         while True:
             with contextlib.suppress(libvirt.libvirtError):
                 libvirt.open(self.uri).close()
                 return
-            assert self._process.poll() is None, (self.directory / "log").read_text()
+            assert self._runs(), (self.directory / "log").read_text()
             assert time.monotonic() < deadline, "libvirtd doesn't answer"
             time.sleep(0.05)
 
     def stop(self, sig: int = signal.SIGTERM) -> None:
         """End the daemon, not its guests."""
-        assert self._process is not None
-        self._process.send_signal(sig)
-        self._process.wait()
+        os.kill(self._daemon, sig)
+        while self._runs():
+            time.sleep(0.01)
+
+    def _runs(self) -> bool:
+        return Path(f"/proc/{self._daemon}").exists()
+
+    def close(self) -> None:
+        """End the daemon, and what was needed for it."""
+        if self._keeper is not None:
+            if self._runs():
+                self.stop()
+            assert self._keeper.stdin is not None
+            self._keeper.stdin.close()
+            self._keeper.wait()
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[Any]:
@@ -89,10 +128,15 @@ class Rig:
             connection.close()
 
     @contextlib.contextmanager
-    def guest(self, name: str, *disks: str, start: bool = False) -> Iterator[str]:
-        """A guest with these <disk> elements; its name."""
-        text = f"""<domain type='qemu'><name>{name}</name><memory unit='MiB'>16</memory>
-            <os><type arch='x86_64'>hvm</type></os><devices>{"".join(disks)}</devices></domain>"""
+    def guest(
+        self, name: str, *disks: str, start: bool = False, qemu: Iterable[str] = ()
+    ) -> Iterator[str]:
+        """A guest with these <disk> elements, or other devices, and options of qemu; its name."""
+        options = "".join(f"<qemu:arg value={quoteattr(option)}/>" for option in qemu)
+        text = f"""<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+            <name>{name}</name><memory unit='MiB'>16</memory>
+            <os><type arch='x86_64'>hvm</type></os><devices>{"".join(disks)}</devices>
+            <qemu:commandline>{options}</qemu:commandline></domain>"""
         with self.connection() as connection:
             connection.defineXML(text)
         try:

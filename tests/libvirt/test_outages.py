@@ -99,6 +99,37 @@ def test_libvirtd_stays_away(big: Path, rig: Rig, serve: Any, run: Any) -> None:
         run("qemu-io", "-r", "-f", "raw", "-c", "read 2M 4k", server.uri)  # back again
 
 
+SIXTEEN = """
+import errno, nbd, sys, time
+handles = [nbd.NBD() for _ in range(4)]
+failed = []
+for handle in handles:
+    handle.connect_uri(sys.argv[1])
+began = time.monotonic()
+for number in range(16):
+    done = lambda error: failed.append(error.value) or 1
+    handles[number % 4].aio_pread(nbd.Buffer(4096), number << 20, done)
+while any(handle.aio_in_flight() for handle in handles):
+    for handle in handles:
+        handle.poll(50)
+print(time.monotonic() - began)
+assert failed == [errno.EIO] * 16, failed
+"""
+
+
+def test_requests_in_flight_wait_for_one_outage(big: Path, rig: Rig, serve: Any, run: Any) -> None:
+    """Rather than each for one of its own, or one after the other."""
+    words = ("libvirt", "big", f"connect={rig.uri}", "method=peek", "--reconnect=3")
+    with serve(*words) as server:
+        run("qemu-io", "-r", "-f", "raw", "-c", "read 0 4k", server.uri)
+        rig.stop(signal.SIGKILL)
+        try:
+            assert 2 < float(run("/usr/bin/python3", "-c", SIXTEEN, server.uri)) < 4 * 3
+        finally:
+            rig.start()
+        run("qemu-io", "-r", "-f", "raw", "-c", "read 2M 4k", server.uri)
+
+
 def test_a_backup_outlives_libvirtd(
     rig: Rig, serve: Any, run: Any, random_file: Any, tmp_path: Path
 ) -> None:

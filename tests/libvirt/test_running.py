@@ -177,6 +177,17 @@ def test_a_client_that_leaves_in_the_middle(
     assert not has_job(rig, live)
 
 
+def test_nothing_remains_of_another_users_run(
+    live: str, rig: Rig, words: list[str], nbdtool: Any, run: Any, tmp_path: Path
+) -> None:
+    shared = rig.directory / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    words = [*words[:-1], f"--scratch-dir={shared}", "-u", "nobody"]
+    done = nbdtool(*words, "--run", 'nbdcopy --connections=4 "$uri" null:', status=0)
+    assert done.stderr == "" and not has_job(rig, live) and list(shared.iterdir()) == []
+
+
 def test_one_backup_at_a_time(
     live: str, rig: Rig, words: list[str], nbdtool: Any, serve: Any, run: Any
 ) -> None:

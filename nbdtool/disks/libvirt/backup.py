@@ -6,6 +6,7 @@ Specification: formatbackup.html of libvirt.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -17,9 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from nbdtool import temporary
 from nbdtool.disk import Extent, Span
 from nbdtool.disks.libvirt.guests import Guest, GuestDisk, Watch
-from nbdtool.disks.libvirt.link import Failure, Link, module
+from nbdtool.disks.libvirt.link import Failure, Link, Lost, module
 from nbdtool.disks.nbd import NbdDisk
 from nbdtool.disks.nbd.uri import Address
 from nbdtool.errors import Error, debug, warn
@@ -66,6 +68,7 @@ class Job:
             if guest.owner is not None and os.geteuid() == 0:
                 os.chown(self._folder, *guest.owner)
             self._begin(_xml(self._folder, guest, disks), scratch.quiesce)
+            temporary.paths.update((self._folder, os.path.join(self._folder, _SOCKET)))
             self.moment = time.strftime("%H:%M:%S")
             self.disks = {disk.target: BackupDisk(self, guest, disk.target) for disk in disks}
         except BaseException:
@@ -96,24 +99,49 @@ class Job:
     def _begin(self, text: str, quiesce: bool) -> None:
         def begin(connection: Any) -> None:
             domain = self._domain(connection)
-            if _backup_of(domain):  # libvirt would wait for the end of that one
-                raise Failure("there is another backup of it; see virsh backup-dumpxml", 0)
-            if quiesce:
-                domain.fsFreeze()
-            try:
-                self._began = True  # or may have
-                domain.backupBegin(text, None)
-            finally:
-                if quiesce:
-                    domain.fsThaw()
+            running = _backup_of(domain)
+            if self._began and self._is_ours(running):
+                return  # the connection was lost only after it had begun
+            if running:  # libvirt would wait for the end of that one
+                name = self._guest.name
+                raise Failure(f"there is another backup of it (virsh backup-dumpxml {name}); if it"
+                              f" was left behind, end it: virsh domjobabort {name}", 0)  # fmt: skip
+            self._began = True  # or may have
+            domain.backupBegin(text, None)
 
         try:
-            self._link.call(begin)
+            with self._frozen() if quiesce else contextlib.nullcontext():
+                self._link.call(begin)
         except Failure as exc:
             hint = ""
             if "ermission denied" in str(exc.strerror):
                 hint = "; choose a --scratch-dir that the guest's qemu may write to"
             raise Error(f"{self._guest.name}: no backup: {exc.strerror}{hint}") from None
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """The guest's filesystems are frozen meanwhile; raises Failure if they can't be."""
+        thaw = True  # whatever else fails
+        try:
+            try:
+                self._link.call(lambda connection: self._domain(connection).fsFreeze())
+            except Failure as exc:
+                # Without an answer they may be frozen. Else they aren't, or another froze them.
+                thaw = isinstance(exc, Lost) or exc.number == module().VIR_ERR_AGENT_UNRESPONSIVE
+                raise
+            yield
+        finally:
+            if thaw:
+                try:
+                    self._link.call(lambda connection: self._domain(connection).fsThaw())
+                except Failure as exc:
+                    warn(
+                        f"{self._guest.name}: its filesystems may still be frozen: {exc.strerror};"
+                        f" thaw them: virsh domfsthaw {self._guest.name}"
+                    )
+
+    def _is_ours(self, backup: str) -> bool:
+        return os.path.join(self._folder, _SOCKET) in backup
 
     def _domain(self, connection: Any) -> Any:
         return connection.lookupByUUIDString(self._guest.uuid)
@@ -162,13 +190,16 @@ class Job:
                 if exc.errno is not None and not self.failure:
                     warn(f"{self._guest.name}: the backup could not be ended: {exc.strerror};"
                          " look with virsh domjobinfo")  # fmt: skip
+        temporary.paths.difference_update((self._folder, os.path.join(self._folder, _SOCKET)))
         shutil.rmtree(self._folder, ignore_errors=True)
+        if os.path.exists(self._folder):
+            warn(f"{self._folder}: could not be removed")
 
     def _abort(self, connection: Any) -> None:
         libvirt = module()
         try:
             domain = self._domain(connection)
-            if os.path.join(self._folder, _SOCKET) in _backup_of(domain):
+            if self._is_ours(_backup_of(domain)):
                 domain.abortJob()
                 deadline = time.monotonic() + _PATIENCE
                 while _backup_of(domain) and time.monotonic() < deadline:

@@ -54,8 +54,9 @@ def module() -> Any:
 class Link:
     """A connection to the hypervisor at uri ("" is libvirt's default). Methods are thread safe.
 
-    Calls on a lost one wait up to `reconnect` seconds for another. Failures are Failure, an
-    OSError; Error if there never was a connection.
+    Calls on a lost one wait for another, up to `reconnect` seconds from the start of the outage;
+    then they fail, until libvirt is back. Failures are Failure, an OSError; Error if there never
+    was a connection.
     """
 
     def __init__(
@@ -67,20 +68,27 @@ class Link:
         self._reconnect = reconnect
         self._lock = threading.Lock()
         self._closed = False
+        self._outage: Optional[float] = None  # since when it is lost
         if _needs_events(uri):
             _run_events(self._libvirt)
         try:
             self._connection: Any = self._open()
         except self._libvirt.libvirtError as exc:
-            hint = self._answers.missing and "; a password can be given with --password-file"
-            raise Error(f"{exc.get_error_message()}{hint or ''}") from None
+            self._connection = None
+            if not (reconnect and _broke_off(exc, uri)):
+                hint = self._answers.missing and "; a password can be given with --password-file"
+                raise Error(f"{exc.get_error_message()}{hint or ''}") from None
+            try:
+                self.call(lambda connection: None)
+            except Failure as failure:
+                raise Error(str(failure.strerror)) from None
 
     def clone(self, *, read_only: bool = False) -> Link:
         """Another connection to the same place, with the same answers."""
         made = Link.__new__(Link)
         made.__dict__.update(self.__dict__)
         made._lock, made._read_only = threading.Lock(), read_only
-        made._connection = None
+        made._connection = made._outage = None
         return made
 
     def _open(self) -> Any:
@@ -104,21 +112,24 @@ class Link:
 
     def call(self, work: Callable[[Any], Result]) -> Result:
         """work(connection), again with another connection if that one is lost meanwhile."""
-        since, attempt = 0.0, 0
+        attempt = 0
         while True:
             connection = None
             try:
                 connection = self._connection or self._again()
-                return work(connection)
+                result = _interruptibly(work, connection)
+                self._outage = None
+                return result
             except self._libvirt.libvirtError as exc:
                 failure = Failure(exc.get_error_message() or str(exc), exc.get_error_code())
                 if connection is not None and not _lost(connection, exc):
+                    self._outage = None
                     raise failure from None
             with self._lock:
                 if self._connection is connection:
                     self._connection = None
-            now = time.monotonic()
-            since = since or now
+                now = time.monotonic()
+                since = self._outage = self._outage or now
             if now - since >= self._reconnect:
                 raise Lost(str(failure.strerror), failure.number)
             debug(f"{failure.strerror}; connecting again")
@@ -167,6 +178,30 @@ class Link:
         thread.join(_LEAVING)
 
 
+def _interruptibly(work: Callable[[Any], Result], connection: Any) -> Result:
+    """work(connection), which a signal ends even if libvirt never answers.
+
+    Python handles signals in the main thread, and not while that is in a call of C.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work(connection)
+    results: list[Result] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work(connection))
+        except BaseException as exc:
+            failures.append(exc)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return results[0]
+
+
 def _lost(connection: Any, exc: Any) -> bool:
     if exc.get_error_domain() == _FROM_RPC:
         return exc.get_error_code() in (_INTERNAL_ERROR, _SYSTEM_ERROR, _NO_CONNECT, _RPC)
@@ -174,6 +209,21 @@ def _lost(connection: Any, exc: Any) -> bool:
         return not connection.isAlive()
     except Exception:
         return True
+
+
+def _broke_off(exc: Any, uri: str) -> bool:
+    """Whether libvirtd was there, and was ended while it was being connected to.
+
+    By ssh a refusal looks the same, and asking for a password again would be a nuisance.
+    """
+    return (
+        "ssh" not in urlsplit(uri).scheme
+        and exc.get_error_domain() == _FROM_RPC
+        and (
+            exc.get_error_code() == _INTERNAL_ERROR
+            or exc.get_int1() in (errno.EIO, errno.ECONNRESET, errno.EPIPE)
+        )
+    )
 
 
 def _needs_events(uri: str) -> bool:

@@ -9,7 +9,7 @@ from nbdtool.disk import Disk
 from nbdtool.disks.libvirt import pools
 from nbdtool.disks.libvirt.backup import Job, Scratch
 from nbdtool.disks.libvirt.guests import Guest, GuestDisk
-from nbdtool.disks.libvirt.link import Link
+from nbdtool.disks.libvirt.link import Failure, Link
 from nbdtool.disks.libvirt.local import open_local
 from nbdtool.disks.libvirt.peek import open_peek
 from nbdtool.disks.libvirt.volume import open_volume
@@ -77,7 +77,10 @@ def open_disks(
         for disk in disks:
             if disk.target not in opened:
                 opener = {"local": open_local, "peek": open_peek, "volume": open_volume}
-                opened[disk.target] = opener[choices[disk.target].method](link, guest, disk)
+                try:
+                    opened[disk.target] = opener[choices[disk.target].method](link, guest, disk)
+                except Failure as exc:
+                    raise Error(f"{guest.name}: {disk.target}: {exc.strerror}") from None
     except BaseException:
         for made in opened.values():
             made.close()

@@ -10,7 +10,7 @@ from typing import Any
 from nbdtool.disk import ZEROES, Disk, Span, ZeroSpan
 from nbdtool.disks.buffers import keep_buffers
 from nbdtool.disks.libvirt.guests import Guest, GuestDisk, Watch
-from nbdtool.disks.libvirt.link import Failure, Link
+from nbdtool.disks.libvirt.link import Failure, Link, Lost
 from nbdtool.disks.libvirt.local import refuse_special
 from nbdtool.errors import Error, warn
 
@@ -67,6 +67,8 @@ class PeekDisk(Disk):
             number = self._mine.number = next(self._numbers) % CONNECTIONS
         try:
             data = self._links[number].call(lambda c: self._peek(c, number, offset, here))
+        except Lost:
+            raise
         except Failure:
             self._watch.check()  # which says more, if it is that
             raise
