@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 
 from nbdtool.disks import locks
@@ -24,6 +25,7 @@ class Target:
     def __init__(self, path: str, size: int, *, known: bool, needed: int) -> None:
         self.name, self._size = path, size
         self.written = True  # False while a thread that hangs may still write to it
+        self._writing = threading.Lock()  # the kernel has one as well, and spins on it
         with self._naming():
             self.fd, device = self._open(needed)
         try:
@@ -86,7 +88,7 @@ class Target:
             raise Error(f"{self.name}: {error.strerror or error}{hint}") from error
 
     def write(self, offset: int, parts: Sequence[bytes | memoryview]) -> None:
-        with self._naming():
+        with self._naming(), self._writing:
             self._output.write(offset, parts)
 
     def zero(self, offset: int, length: int) -> None:
