@@ -59,6 +59,7 @@ def clients(directory: Path, *what: str) -> Iterator[dict[str, Any]]:
             stack.enter_context(serving([*line, str(path)], path))
             opened[name] = nbd.NBD()
             opened[name].connect_uri(uri(directory, path.name))
+            stack.callback(opened[name].shutdown)  # nbdkit waits for it
         yield opened
 
 
