@@ -31,7 +31,7 @@ def guest(directory: Path, size: int, *, running: bool = False) -> Iterator[Rig]
         with rig.guest("bench", disk(image), start=running):
             yield rig
     finally:
-        rig.stop()
+        rig.close()
 
 
 @contextlib.contextmanager
