@@ -49,4 +49,4 @@ def test_table_and_json(rig: Rig, raw_image: Path, chain: list[Path], nbdtool: A
         assert [each["capacity"] for each in told[0]["disks"][2:]] == [None, None]
         done = nbdtool("libvirt", "--list", "nobody", connect, status=1)
         assert "no such guest; there are listed, other, up" in done.stderr
-        assert "--json goes with --list" in nbdtool("libvirt", "up", "--json", status=2).stderr
+        assert "--json: needs" in nbdtool("libvirt", "up", "--json", status=2).stderr
