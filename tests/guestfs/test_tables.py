@@ -117,15 +117,16 @@ def seen(tables: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> 
     every.write_bytes(b"".join(tables.values()))
     scratch.write_bytes(bytes(SIZE))
     g = guestfs.GuestFS(python_return_dict=True)
-    g.add_drive_opts(os.fspath(every), format="raw", readonly=True)
-    g.add_drive_opts(os.fspath(scratch), format="raw", cachemode="unsafe")
+    g.add_drive_opts(os.fspath(every), format="raw", cachemode="unsafe", label="every")
+    g.add_drive_opts(os.fspath(scratch), format="raw", cachemode="unsafe", label="scratch")
     g.launch()
     script = f"""exec 2>/dev/null; udevadm control --stop-exec-queue
+    every=$(readlink -f /dev/disk/guestfs/every) disk=$(readlink -f /dev/disk/guestfs/scratch)
     for i in {" ".join(map(str, range(len(tables))))}; do
-        dd if=/dev/sda of=/dev/sdb bs=1M skip=$i count=1 conv=fsync
-        blockdev --rereadpt /dev/sdb
-        for part in /sys/block/sdb/sdb*; do
-            [ -e $part ] && echo "$i $part $(cat $part/start) $(cat $part/size)"
+        dd if=$every of=$disk bs=1M skip=$i count=1 conv=fsync
+        blockdev --rereadpt $disk
+        for part in /sys/block/${{disk#/dev/}}/sd*; do
+            [ -e $part ] && echo "$i $(cat $part/partition $part/start $part/size | xargs)"
         done
     done; udevadm control --start-exec-queue; true"""
     lines = g.debug("sh", [script]).splitlines()
@@ -133,9 +134,8 @@ def seen(tables: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> 
     g.close()
     found: dict[str, Any] = {name: {} for name in tables}
     for line in lines:
-        index, part, start, size = line.split()
-        number = int(part[len("/sys/block/sdb/sdb") :])
-        found[[*tables][int(index)]][number] = (int(start) * 512, int(size) * 512)
+        index, number, start, size = map(int, line.split())
+        found[[*tables][index]][number] = (start * 512, size * 512)
     return found
 
 
