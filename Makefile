@@ -40,7 +40,7 @@ format: .venv/checked
 	$(BIN)/ruff check --fix .
 
 check: packages lint dist/nbdtool man
-	$(BIN)/pytest
+	tools/check $(BIN)/pytest
 
 check-quick: packages lint dist/nbdtool man
 	$(BIN)/pytest -m "not slow"
