@@ -71,7 +71,10 @@ def _run(
         finally:
             target.written = rescue.reader.close()
         rescue.finish(fill)
-    except BaseException:
+    except BaseException as exc:
+        if isinstance(exc, Error):
+            for start, end in rescue.reader.copied():
+                mapped.append(start, end, DONE)
         _keep(target, mapped)
         raise
     finally:

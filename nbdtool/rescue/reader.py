@@ -176,6 +176,14 @@ class Reader:
             worker.thread.join(max(deadline - time.monotonic(), 0))
         return not any(worker.thread.is_alive() for worker in (*self._workers, *self._left))
 
+    def copied(self) -> Iterator[tuple[int, int]]:
+        """What was copied and never taken; for when it is closed."""
+        for worker in self._workers:
+            while not worker.results.empty():
+                found = worker.results.get()
+                if isinstance(found, Outcome) and found.done > found.start:
+                    yield found.start, found.done
+
 
 class _Worker:
     """A thread that reads and writes what it is told to."""
