@@ -45,9 +45,9 @@ class Progress(Protocol):
 
 
 class Rescue:
-    """A rescue of a disk; run() to the end, or to an exception, after which keep() what there is.
+    """A rescue of a disk: run(), and finish() unless that ended with an exception.
 
-    Reads up to `depth` pieces of `size` bytes at once; both follow how well it goes.
+    Reads up to `depth` pieces of `piece` bytes at once; both follow how well it goes.
     """
 
     def __init__(
@@ -232,7 +232,9 @@ class _Copying:
     def __init__(self, rescue: Rescue, number: int) -> None:
         self._rescue, self._blocks = rescue, rescue.blocks
         self._backwards, self._skips = number == 2, number == 1
-        self._least_skip = max(_CLUSTER, rescue.size // 100_000 // _CLUSTER * _CLUSTER)
+        self._least_skip, self._most_skip = (
+            max(_CLUSTER, rescue.size // part // _CLUSTER * _CLUSTER) for part in (100_000, 100)
+        )
         self._skip = self._least_skip
         self._again: Optional[int] = None  # where to go on once nothing is under way
 
@@ -299,7 +301,6 @@ class _Copying:
             self._go_on(rest.start if rest and rest.end == start else start)
         elif self._skips:
             self._rescue.position = max(self._rescue.position, stop + self._skip)
-            most = max(self._rescue.size // 100, self._least_skip)
-            self._skip = min(2 * self._skip, most)
+            self._skip = min(2 * self._skip, self._most_skip)
         else:
             self._go_on(stop)

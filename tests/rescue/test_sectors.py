@@ -39,6 +39,15 @@ def test_as_injected(rescue: Any, compare: Any, image: Path, tmp_path: Path, sta
         assert len(source.reads()) == again  # nothing is read again, but with --retries
 
 
+def test_reads_are_of_whole_sectors(rescue: Any, compare: Any, image: Path, tmp_path: Path) -> None:
+    """Also where more and more is skipped, up to a hundredth of the disk."""
+    states = faults(SECTORS, areas=[(1000, 12000)])
+    with failing(image, states, tmp_path) as source:
+        rescue("nbd", source.uri, status=1)
+        compare(image, states)
+        assert not [read for read in source.reads() if (read.start | read.end) % SECTOR]
+
+
 @pytest.mark.parametrize("states", [SCATTERED, AREAS], ids=["scattered", "areas"])
 def test_as_ddrescue(
     rescue: Any, compare: Any, run: Any, image: Path, tmp_path: Path, states: str
