@@ -108,28 +108,44 @@ def copied(handle: Any) -> float:
     return time.perf_counter() - began
 
 
-@row(
+def reads_row(
+    name: str,
+    what: str,
+    goal: float,
+    words: tuple[str, ...],
+    length: int,
+    read: Callable[[Reader], Any],
+) -> None:
+    """A row of reads of `length` bytes; read does one."""
+
+    @row(name, f"guestfs, {what}", {PEER: faster(goal)}, rounds=3)
+    def reads(directory: Path) -> Iterator[Race]:
+        with clients(directory, *words) as opened:
+            readers = {name: Reader(handle, length) for name, handle in opened.items()}
+            yield Race(
+                SECONDS, {name: partial(each, partial(read, r)) for name, r in readers.items()}
+            )
+
+
+reads_row(
     "guestfs-sequential",
-    "guestfs, a device through the appliance: 256 KiB, sequential",
-    {PEER: faster(10)},
-    rounds=3,
+    "a device through the appliance: 256 KiB, sequential",
+    10,
+    DEVICE,
+    256 << 10,
+    Reader.next,
 )
-def sequential(directory: Path) -> Iterator[Race]:
-    with clients(directory, *DEVICE) as opened:
-        readers = {name: Reader(handle, 256 << 10) for name, handle in opened.items()}
-        yield Race(SECONDS, {name: partial(each, r.next) for name, r in readers.items()})
-
-
-@row(
-    "guestfs-random",
-    "guestfs, a device through the appliance: 4 KiB, random",
-    {PEER: faster(20)},
-    rounds=3,
+reads_row(
+    "guestfs-random", "a device through the appliance: 4 KiB, random", 20, DEVICE, 4096, Reader.any
 )
-def scattered(directory: Path) -> Iterator[Race]:
-    with clients(directory, *DEVICE) as opened:
-        readers = {name: Reader(handle, 4096) for name, handle in opened.items()}
-        yield Race(SECONDS, {name: partial(each, r.any) for name, r in readers.items()})
+reads_row(
+    "guestfs-file-ahead",
+    "a file through the appliance: 4 KiB, sequential, depth 1",
+    5,
+    IN_EXT4,
+    4096,
+    Reader.next,
+)
 
 
 @row(
@@ -141,18 +157,6 @@ def scattered(directory: Path) -> Iterator[Race]:
 def file_copy(directory: Path) -> Iterator[Race]:
     with clients(directory, *IN_EXT4) as opened:
         yield Race(SECONDS, {name: partial(copied, handle) for name, handle in opened.items()})
-
-
-@row(
-    "guestfs-file-ahead",
-    "guestfs, a file through the appliance: 4 KiB, sequential, depth 1",
-    {PEER: faster(5)},
-    rounds=3,
-)
-def file_ahead(directory: Path) -> Iterator[Race]:
-    with clients(directory, *IN_EXT4) as opened:
-        readers = {name: Reader(handle, 4096) for name, handle in opened.items()}
-        yield Race(SECONDS, {name: partial(each, r.next) for name, r in readers.items()})
 
 
 @row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 verbose = False  # -v: debug() prints, and faults come with their traceback
 unfinished_line = False  # a line of progress is on the terminal
@@ -39,6 +40,13 @@ def _escaped(c: str) -> str:
     if "\udc80" <= c <= "\udcff":  # a byte that isn't UTF-8, as os.fsdecode() has it
         return f"\\x{ord(c) - 0xDC00:02x}"
     return c.encode("unicode_escape").decode()
+
+
+def listed(names: Iterable[str], most: int = 32) -> str:
+    """Some of the names, for a message: `a, b and 3 more`; "" if there is none."""
+    known = list(names)
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return ", ".join(known[:most]) + more
 
 
 def warn(text: str) -> None:

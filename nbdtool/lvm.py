@@ -16,8 +16,6 @@ from nbdtool.errors import Error
 from nbdtool.lvm_text import parse
 from nbdtool.mdraid import is_raid_member
 
-__all__ = ["Group", "PhysicalVolume", "is_raid_member", "read_physical_volume"]
-
 SECTOR = 512
 _LABEL = struct.Struct("<8sQII8s")  # signature, its sector, checksum, offset of what follows, type
 _AREA = struct.Struct("<QQ")  # offset, size

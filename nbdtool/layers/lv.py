@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional
 
 from nbdtool.disk import Disk, Extent, Span, merge_extents
-from nbdtool.errors import Error, Uncertain
+from nbdtool.errors import Error, Uncertain, listed
 from nbdtool.layers.mapped import Mapped, Piece
 from nbdtool.layers.partition import read_table
 from nbdtool.layers.window import Window
@@ -24,7 +24,6 @@ ARGUMENT: dict[str, Any] = {
 
 _MAPPER = re.compile(r"/dev/mapper/((?:[^-/]|--)+)-((?:[^-/]|--)+)")  # a hyphen is doubled
 _MAX_TEXT = 16 << 20  # bytes of metadata that we are willing to parse, in all
-_LISTED = 32  # volumes that an error names at most
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -37,9 +36,7 @@ def open(disk: Disk, value: str, args: argparse.Namespace) -> Disk:
         volumes = find_volumes(_devices(disk))
         name = normal_name(value)
         if name not in volumes:
-            names = [*volumes][:_LISTED]
-            more = f" and {len(volumes) - _LISTED} more" if len(volumes) > _LISTED else ""
-            there = ", ".join(names) + more if names else "none at all"
+            there = listed(volumes) or "none at all"
             raise Error(f"{disk.description}: no logical volume {value!r}; there is {there}")
         opened = volumes[name].open([disk])
     except Uncertain as exc:

@@ -7,7 +7,7 @@ from typing import Any
 
 from nbdtool import gpt, mbr
 from nbdtool.disk import Disk
-from nbdtool.errors import Error, UsageError
+from nbdtool.errors import Error, UsageError, listed
 from nbdtool.gpt import Partition
 from nbdtool.layers.window import Window
 from nbdtool.progress import human
@@ -19,8 +19,6 @@ ARGUMENT: dict[str, Any] = {
     "metavar": "PARTITION",
     "help": "serve this partition: its number, label, UUID or type (such as esp)",
 }
-
-_LISTED = 32  # partitions that an error names at most
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -86,11 +84,9 @@ def _choose(disk: Disk, partitions: dict[int, Partition], value: str) -> int:
 
 def _listed(partitions: dict[int, Partition]) -> str:
     names = {kind: name for types in (gpt.TYPES, mbr.TYPES) for name, kind in types.items()}
-    lines = [
+    return listed(
         f"{number} ({names.get(partition.type, 'type ' + partition.type)}"
         + (f", {partition.name!r}" if partition.name else "")
         + f", {human(partition.length)})"
-        for number, partition in list(partitions.items())[:_LISTED]
-    ]
-    more = len(partitions) - _LISTED
-    return ", ".join(lines) + (f" and {more} more" if more > 0 else "")
+        for number, partition in partitions.items()
+    )

@@ -12,6 +12,7 @@ from nbdtool.progress import human
 from nbdtool.registry.decompress import compression
 from nbdtool.registry.fetch import open_layer
 from nbdtool.registry.manifest import Image, Source
+from nbdtool.table import printable
 
 _MAX_ENTRIES = 1_000_000
 _MAX_NAMES = 256 << 20  # bytes
@@ -62,7 +63,7 @@ def listing(source: Source, image: Image, *, as_json: bool) -> str:
     lines = [head]
     for layer_ in layers:
         lines += _table(layer_)
-    return "".join(f"{_printable(line)}\n" for line in lines)
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def _entry(member: tar.Member) -> dict[str, Any]:
@@ -82,8 +83,3 @@ def _table(layer: dict[str, Any]) -> list[str]:
         target = f" -> {entry['target']}" if "target" in entry else ""
         lines.append(f"{shown:>16}  {entry['name']}{target}")
     return lines
-
-
-def _printable(line: str) -> str:
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    return "".join("".join(escaped).encode(errors="backslashreplace").decode())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from nbdtool.disk import Disk, read_bytes
-from nbdtool.errors import Error
+from nbdtool.errors import Error, listed
 from nbdtool.layers.tar.walk import DIRECTORY, HARD_LINK, REGULAR, Member, StreamSource, walk
 from nbdtool.registry.decompress import CHUNK
 from nbdtool.registry.digest import Stream
@@ -174,7 +174,4 @@ def _shown(path: Path) -> str:
 
 
 def _listed(paths: dict[Path, Member]) -> str:
-    names = sorted(map(_shown, paths))
-    return ", ".join(names[:_SHOWN]) + (
-        f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else ""
-    )
+    return listed(sorted(map(_shown, paths)), _SHOWN)

@@ -16,6 +16,7 @@ from nbdtool.commands.guestfs.inputs import Drive, Image
 from nbdtool.commands.guestfs.tables import Part, read_parts
 from nbdtool.disk import Disk, Stamp, read_bytes
 from nbdtool.disks.file import FileDisk
+from nbdtool.disks.guestfs import letters
 from nbdtool.errors import Error, Uncertain
 from nbdtool.layers.mapped import Mapped, Piece
 from nbdtool.layers.window import Window
@@ -40,7 +41,7 @@ class Devices:
     def __init__(self, drives: Sequence[Drive]) -> None:
         for drive in drives:
             _check(drive)
-        self._drives = {f"/dev/sd{_letters(n)}": drive for n, drive in enumerate(drives)}
+        self._drives = {f"/dev/sd{letters(n)}": drive for n, drive in enumerate(drives)}
         self._opened: dict[str, Disk] = {}
         self._tables: dict[str, dict[int, Part]] = {}
         self._places: list[Disk] = []  # what isn't divided into others
@@ -129,12 +130,6 @@ class Devices:
             raise Uncertain(f"{name}: may be in what is encrypted")
         more = " and more" if len(names) > _LISTED else ""
         return Error(f"{name}: no such device; there are {', '.join(names[:_LISTED])}{more}")
-
-
-def _letters(number: int) -> str:
-    """a for 0, z for 25, aa for 26."""
-    rest, last = divmod(number, 26)
-    return (_letters(rest - 1) if rest else "") + chr(ord("a") + last)
 
 
 def _check(drive: Drive) -> None:

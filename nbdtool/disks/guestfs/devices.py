@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from nbdtool import errors
 from nbdtool.disks.guestfs.keys import Key
 from nbdtool.disks.guestfs.launch import first_line
 from nbdtool.errors import Error
@@ -30,9 +31,7 @@ def reason(g: Any, exc: RuntimeError) -> str:
 
 def listed(names: Iterable[str]) -> str:
     """Some of the names, for an error."""
-    known = list(names)
-    more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
-    return ", ".join(known[:LISTED]) + more or "nothing"
+    return errors.listed(names, LISTED) or "nothing"
 
 
 def devices(g: Any) -> list[str]:

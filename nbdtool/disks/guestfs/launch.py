@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, Protocol
 
+from nbdtool.disks.guestfs import letters
 from nbdtool.disks.guestfs.hypervisor import guarded
 from nbdtool.errors import Error, debug, warn
 
@@ -156,12 +157,6 @@ class _Said:
         if self.hung and not lines:
             return f"no sign of life after {_PATIENCE:.0f} s"
         return lines[-1].strip() if lines else ""
-
-
-def letters(number: int) -> str:
-    """What stands behind /dev/sd for a drive; its label, too."""
-    rest, last = divmod(number, 26)
-    return (letters(rest - 1) if rest else "") + chr(ord("a") + last)
 
 
 def _has_setting(g: Any, name: str) -> bool:

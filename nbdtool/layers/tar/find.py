@@ -9,7 +9,7 @@ import re
 from typing import Union
 
 from nbdtool.disk import Disk
-from nbdtool.errors import Error
+from nbdtool.errors import Error, listed
 from nbdtool.layers.tar.walk import (
     DIRECTORY,
     HARD_LINK,
@@ -151,4 +151,4 @@ def _shown(name: bytes) -> str:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return listed(names, 5)
