@@ -117,6 +117,7 @@ class Disk:
     writable = can_trim = can_fast_zero = False
     multi_conn = True
     reads_on = False  # between requests, too: it needs the processors that a client leaves idle
+    parallel = 1  # reads of one client that gain from being done at once, each by its own thread
     block_size = (1, 4096, 32 << 20)  # minimum, preferred, maximum, bytes
 
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
@@ -167,6 +168,26 @@ def span_bytes(span: Span) -> bytes | memoryview:
     if isinstance(span, ZeroSpan):
         return bytes(span.length)
     return span
+
+
+def cut_spans(spans: Iterable[Span], skip: int, length: int) -> Iterator[Span]:
+    """The spans of `length` bytes after the first `skip` ones."""
+    for span in spans:
+        size = span_length(span)
+        if skip >= size:
+            skip -= size
+            continue
+        count = min(size - skip, length)
+        if isinstance(span, ZeroSpan):
+            yield ZeroSpan(count)
+        elif isinstance(span, FileSpan):
+            yield FileSpan(span.file, span.offset + skip, count)
+        else:
+            yield memoryview(span)[skip : skip + count]
+        skip = 0
+        length -= count
+        if not length:
+            return
 
 
 def read_bytes(disk: Disk, offset: int, length: int) -> bytes:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Optional
 
-from nbdtool.disk import Disk, Extent, FileSpan, Span, ZeroSpan, span_length
+from nbdtool.disk import Disk, Extent, Span, cut_spans
 from nbdtool.disks.ahead import Ahead
 
 _KEPT = 32 << 20  # bytes that are kept
@@ -50,7 +50,7 @@ class _Job:
             raise self.error
         if length == self.length:
             return self.spans
-        return list(_cut(self.spans, offset - self.offset, length))
+        return list(cut_spans(self.spans, offset - self.offset, length))
 
 
 class _Part(NamedTuple):
@@ -81,6 +81,7 @@ class ReadAhead(Disk):
         self.size, self.description, self.block_size = disk.size, disk.description, disk.block_size
         self.writable, self.multi_conn = disk.writable, disk.multi_conn
         self.can_trim, self.can_fast_zero = disk.can_trim, disk.can_fast_zero
+        self.parallel = disk.parallel
         self._disk = disk
         self._announced: Ahead[list[_Part]] = Ahead()
         self._plan = _Plan()
@@ -91,6 +92,7 @@ class ReadAhead(Disk):
         self._pieces: dict[int, _Job] = {}  # by their number on the disk
         # Where each reader goes on: reads that it did so far, and the first piece not yet started.
         self._streams: dict[int, tuple[int, int]] = {}
+        self._under_way: set[int] = set()  # the ends of reads
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[Optional[_Job]] = queue.SimpleQueue()
         self._workers = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
@@ -155,17 +157,17 @@ class ReadAhead(Disk):
         parts = self._announced.take(offset, length)
         if parts is not None:
             self._hand_out(parts)
-        else:
-            parts = self._expected(offset, length)
-        if parts is None and length > self._piece:
-            self._start([(offset, length)])
-            parts = self._announced.take(offset, length)
-            self._hand_out(parts or ())
-        if parts is None:
-            return self._disk.read(offset, length)
-        if len(parts) == 1:
-            return parts[0].job.part(offset, length)
-        return [span for part in parts for span in part.job.part(part.offset, part.length)]
+            return _joined(parts)
+        parts = self._expected(offset, length)
+        self._under_way.add(offset + length)
+        try:
+            if parts is None and length > self._piece:
+                self._start([(offset, length)])
+                parts = self._announced.take(offset, length)
+                self._hand_out(parts or ())
+            return _joined(parts) if parts else self._disk.read(offset, length)
+        finally:
+            self._under_way.discard(offset + length)
 
     def _expected(self, offset: int, length: int) -> Optional[list[_Part]]:
         """The parts of a read among what is read ahead; starts more where a client goes on."""
@@ -174,6 +176,8 @@ class ReadAhead(Disk):
         first, last = offset // piece, (end - 1) // piece
         with self._lock:
             count, started = self._streams.pop(offset, (0, 0))
+            if length >= piece // 4 and offset in self._under_way:
+                count = 0  # the client reads ahead itself
             if len(self._streams) >= _STREAMS:
                 del self._streams[next(iter(self._streams))]
             if count >= _SEQUENTIAL:
@@ -186,6 +190,8 @@ class ReadAhead(Disk):
                     self._fetch(number, now)
                 started = max(started, stop)
             self._streams[end] = (count + 1, started)
+            if not pieces:
+                return None
             jobs = [pieces.get(number) for number in range(first, last + 1)]
             if count >= _SEQUENTIAL:
                 for number in range(first, end // piece):  # done with
@@ -252,21 +258,7 @@ class ReadAhead(Disk):
             worker.join(1)
 
 
-def _cut(spans: Sequence[Span], skip: int, length: int) -> Iterator[Span]:
-    """The spans of `length` bytes after the first `skip` ones."""
-    for span in spans:
-        size = span_length(span)
-        if skip >= size:
-            skip -= size
-            continue
-        count = min(size - skip, length)
-        if isinstance(span, ZeroSpan):
-            yield ZeroSpan(count)
-        elif isinstance(span, FileSpan):
-            yield FileSpan(span.file, span.offset + skip, count)
-        else:
-            yield memoryview(span)[skip : skip + count]
-        skip = 0
-        length -= count
-        if not length:
-            return
+def _joined(parts: Sequence[_Part]) -> list[Span]:
+    if len(parts) == 1:
+        return parts[0].job.part(parts[0].offset, parts[0].length)
+    return [span for part in parts for span in part.job.part(part.offset, part.length)]

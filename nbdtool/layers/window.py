@@ -15,7 +15,7 @@ class Window(Disk):
         self.description = description or disk.description
         self.writable, self.multi_conn = disk.writable, disk.multi_conn
         self.can_trim, self.can_fast_zero = disk.can_trim, disk.can_fast_zero
-        self.reads_on = disk.reads_on
+        self.reads_on, self.parallel = disk.reads_on, disk.parallel
         minimum, preferred, maximum = disk.block_size
         # A window that starts inside a block has other blocks than the disk.
         self.block_size = (minimum if start % minimum == 0 else 1, preferred, maximum)

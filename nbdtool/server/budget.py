@@ -11,18 +11,21 @@ from typing import Callable
 _LARGE = 96 << 20  # bytes for large requests, which wait when nothing is left
 _SHARED = 40 << 20  # bytes that the connections share evenly, twice: queued replies, kept buffers
 _SHARE_MAX = 1 << 20
+_THREADS = 512  # of connections that use more than one each
 
 
 class Budget:
     """What the connections of a server may hold in memory.
 
     share is what a connection may use without asking, in bytes, for queued replies and again for a
-    payload buffer that it keeps; take() is for a request that needs more. alone says that there is
-    one connection and a processor to spare for it: it may look out for the next request awake.
+    payload buffer that it keeps; take() is for a request that needs more. threads is how many it
+    may have. alone says that there is one connection and a processor to spare for it: it may look
+    out for the next request awake.
     """
 
     def __init__(self) -> None:
         self.share = _SHARE_MAX
+        self.threads = 1
         self.alone = False
         self._processors = len(os.sched_getaffinity(0))
         self._connections = 0
@@ -42,6 +45,7 @@ class Budget:
         with self._changed:
             self._connections += change
             self.share = min(_SHARE_MAX, _SHARED // max(self._connections, 1))
+            self.threads = max(_THREADS // max(self._connections, 1), 1)
             self.alone = self._connections == 1 < self._processors
 
     @contextmanager

@@ -11,6 +11,7 @@ import time
 from nbdtool.errors import debug, warn
 from nbdtool.server.budget import Budget
 from nbdtool.server.handshake import Handshake, Policy
+from nbdtool.server.parallel import ParallelTransmission
 from nbdtool.server.stream import Dropped, SocketStream, Stream
 from nbdtool.server.transmission import Transmission
 
@@ -112,7 +113,9 @@ class Service:
                 session = connection.handshake.run()
                 if session is not None and session.export is not None:
                     debug(f"{peer}: opened export {session.export.name!r}")
-                    connection.transmission = Transmission(
+                    # TLS can't send and receive at once.
+                    parallel = session.export.disk.parallel > 1 and not connection.stream.encrypted
+                    connection.transmission = (ParallelTransmission if parallel else Transmission)(
                         session, self._budget, self.warn, self._policy.stopping
                     )
                     connection.transmission.run()

@@ -51,6 +51,10 @@ class Stream:
         """
         raise NotImplementedError
 
+    def ready(self) -> bool:
+        """Whether recv_into() would not have to wait."""
+        raise NotImplementedError
+
     def send(self, buffers: Sequence[Buffer], length: int, *, more: bool = False) -> None:
         """Write all of buffers, length bytes in sum; more follows at once if `more`."""
         raise NotImplementedError
@@ -91,6 +95,8 @@ class SocketStream(Stream):
         self.sock, self.peer = sock, peer
         sock.setblocking(True)
         self._fd = sock.fileno()
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
         if sock.family == socket.AF_UNIX:
             # Room for a large reply and the next one: fewer awakenings on both sides. TCP sees to
             # its own buffers.
@@ -119,6 +125,9 @@ class SocketStream(Stream):
             raise Stalled("the client sends nothing") from None
         except OSError as exc:
             raise Ended(str(exc)) from None
+
+    def ready(self) -> bool:
+        return bool(self._poll.poll(0))
 
     def send(self, buffers: Sequence[Buffer], length: int, *, more: bool = False) -> None:
         flags = socket.MSG_MORE if more else 0
@@ -164,6 +173,8 @@ class PipeStream(Stream):
     def __init__(self, read_fd: int, write_fd: int) -> None:
         self.peer = "standard input"
         self._in, self._out = read_fd, write_fd
+        self._poll = select.poll()
+        self._poll.register(self._in, select.POLLIN)
         self._patience = 0.0
 
     def set_patience(self, seconds: float) -> None:
@@ -181,6 +192,9 @@ class PipeStream(Stream):
             return os.readv(self._in, [view]) or end()
         except OSError as exc:
             raise Ended(str(exc)) from None
+
+    def ready(self) -> bool:
+        return bool(self._poll.poll(0))
 
     def send(self, buffers: Sequence[Buffer], length: int, *, more: bool = False) -> None:
         try:

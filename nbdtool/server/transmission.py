@@ -20,7 +20,7 @@ from nbdtool.server.stream import Dropped, Ended, Stalled
 
 PATIENCE = 30.0  # seconds that a started transfer may go without progress
 
-_SMALL = SENDFILE_MIN  # bytes: a request of up to this many asks for no budget
+SMALL = SENDFILE_MIN  # bytes: a request of up to this many asks for no budget
 
 # The flags that a command takes beside FUA, where the export allows them
 _FLAGS = {
@@ -35,6 +35,7 @@ _FLAGS = {
 
 Handler = Callable[[int, int, int, int], None]
 Log = Callable[[str, Union[BaseException, None]], None]
+Stopping = Callable[[], bool]
 
 
 class Invalid(Exception):
@@ -44,14 +45,13 @@ class Invalid(Exception):
 class Transmission:
     """Serves one session; run() returns when the client disconnects, Dropped ends it otherwise."""
 
-    def __init__(
-        self, session: Session, budget: Budget, log: Log, stopping: Callable[[], bool]
-    ) -> None:
+    def __init__(self, session: Session, budget: Budget, log: Log, stopping: Stopping) -> None:
         assert session.export is not None
-        self.idle = False  # waiting for a request, none of which has come
+        self._waiting = False  # for a request, none of which has come
         self._stopping = stopping
         self._inbox = session.inbox
         self._stream = session.inbox.stream
+        self._stream.set_patience(PATIENCE)
         self._export = session.export
         self._disk = session.export.disk
         self._size = self._disk.size
@@ -63,7 +63,7 @@ class Transmission:
         self._header = p.EXTENDED_REQUEST if session.extended else p.REQUEST
         self._budget = budget
         self._log = log
-        self._replies = Replies(self._stream, session.structured, session.extended)
+        self._replies = self._new_replies()
         self._kept = bytearray()  # a payload buffer that is used again
         self._commands: dict[int, Handler] = {
             p.CMD_READ: self._read,
@@ -75,12 +75,19 @@ class Transmission:
             p.CMD_BLOCK_STATUS: self._block_status,
         }
 
+    def _new_replies(self) -> Replies:
+        return Replies(self._stream, self._structured, self._extended)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing that came is still to be answered."""
+        return self._waiting
+
     def run(self) -> None:
-        self._stream.set_patience(PATIENCE)
         inbox, view, budget = self._inbox, self._inbox.view, self._budget
         unpack_from, header = self._header.unpack_from, self._header.size
         magic = p.EXTENDED_REQUEST_MAGIC if self._extended else p.REQUEST_MAGIC
-        size, small = self._size, _SMALL if self._minimum == 1 else 0
+        size, small = self._size, SMALL if self._minimum == 1 else 0
         writable = not self._export.read_only
         reads_on = self._disk.reads_on
         prefetches = type(self._disk).prefetch is not Disk.prefetch
@@ -107,17 +114,23 @@ class Transmission:
                     self._replies.send()
             if self._replies.queued:
                 self._replies.send()
-            self.idle = inbox.start == inbox.end
-            if self.idle and self._stopping():
+            if not self._fill(soon=budget.alone and not reads_on):
                 return
-            try:
-                inbox.fill(inbox.end - inbox.start + 1, soon=budget.alone and not reads_on)
-                self.idle = False
-            except (Stalled, Ended) as exc:
-                if inbox.start != inbox.end:
-                    raise Dropped(f"{exc}, in the middle of a request") from None
-                if isinstance(exc, Ended):
-                    return
+
+    def _fill(self, *, soon: bool) -> bool:
+        """Wait for more requests; False where the client, or the server, has come to its end."""
+        inbox = self._inbox
+        self._waiting = inbox.start == inbox.end
+        if self._stopping() and self.idle:
+            return False
+        try:
+            inbox.fill(inbox.end - inbox.start + 1, soon=soon)
+        except (Stalled, Ended) as exc:
+            if inbox.start != inbox.end:
+                raise Dropped(f"{exc}, in the middle of a request") from None
+            return not isinstance(exc, Ended)
+        self._waiting = False
+        return True
 
     def _announce(self) -> None:
         """Tell the disk about all reads that have come, before the first is answered."""
@@ -158,12 +171,15 @@ class Transmission:
 
     def _failed(self, exc: Exception, flags: int, cookie: int, offset: int) -> None:
         """The disk raised exc."""
+        self._replies.failure(cookie, offset, *self._reported(exc, flags))
+
+    def _reported(self, exc: Exception, flags: int) -> tuple[int, str]:
+        """The error value and the text for a client, once the user knows, too."""
         if isinstance(exc, OSError):
             self._log(reason(exc), None)
-            self._replies.failure(cookie, offset, p.nbd_error(exc.errno, flags), reason(exc))
-        else:
-            self._log(f"a fault in nbdtool: {exc!r}", exc)
-            self._replies.failure(cookie, offset, p.EIO, "a fault in the server")
+            return p.nbd_error(exc.errno, flags), reason(exc)
+        self._log(f"a fault in nbdtool: {exc!r}", exc)
+        return p.EIO, "a fault in the server"
 
     def _check(self, flags: int, command: int, offset: int, length: int) -> bool:
         """Whether there is anything to do; Invalid if the request is not allowed."""
@@ -220,13 +236,22 @@ class Transmission:
 
     def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
         whole = bool(flags & p.CMD_FLAG_DF)
-        with self._budget.take(length if length > _SMALL else 0, self._replies.send):
-            parts = [_loaded(span) for span in self._disk.read(offset, length)]
+        with self._budget.take(length if length > SMALL else 0, self._replies.send):
+            parts = [self._loaded(span) for span in self._disk.read(offset, length)]
             failure = self._replies.data(cookie, offset, length, parts, whole=whole)
             if failure:
                 self._log(reason(failure), None)
             if self._replies.queued >= self._budget.share:
                 self._replies.send()
+
+    @staticmethod
+    def _loaded(span: Span) -> Span:
+        """What a reply can be made of: small file ranges as bytes, large ones checked."""
+        if type(span) is FileSpan:
+            if span.length <= SENDFILE_MIN:
+                return span.file.pread(span.offset, span.length)
+            span.file.check()
+        return span
 
     def _quick_read(self, cookie: int, offset: int, length: int) -> None:
         """What _answer and _read do with a plain small read, in fewer steps."""
@@ -258,7 +283,7 @@ class Transmission:
             self._replies.success(cookie, offset)
 
     def _write(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        if length <= _SMALL:
+        if length <= SMALL:
             if self._inbox.end - self._inbox.start < length:
                 self._replies.send()
             self._disk.write(offset, self._inbox.take(length))
@@ -317,12 +342,3 @@ class Transmission:
             self._replies.chunk(p.REPLY_FLAG_DONE, type_, cookie, offset, head, data)
             if self._replies.queued >= self._budget.share:
                 self._replies.send()
-
-
-def _loaded(span: Span) -> Span:
-    """What a reply can be made of: small file ranges as bytes, large ones checked."""
-    if type(span) is FileSpan:
-        if span.length <= SENDFILE_MIN:
-            return span.file.pread(span.offset, span.length)
-        span.file.check()
-    return span

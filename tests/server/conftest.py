@@ -13,6 +13,7 @@ import pytest
 
 pytest.register_assert_rewrite("tests.server.wire", "tests.server.harness")
 
+from nbdtool.disk import Disk  # noqa: E402
 from tests.server.wire import MIB, wait_for  # noqa: E402
 
 Run = Callable[..., Any]
@@ -21,6 +22,13 @@ Run = Callable[..., Any]
 @pytest.fixture(scope="module")
 def image(random_file: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_file(tmp_path_factory.mktemp("image") / "image", 4 * MIB)
+
+
+@pytest.fixture(params=[1, 8])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many threads may answer one client, whatever its disk is."""
+    monkeypatch.setattr(Disk, "parallel", request.param)
+    return int(request.param)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from tests.server.wire import MIB, Client, context_request, counted, info_reques
 
 HELLO = struct.pack(">I", 3)
 
+pytestmark = pytest.mark.usefixtures("threads")
+
 
 @pytest.fixture
 def running() -> Iterator[Harness]:

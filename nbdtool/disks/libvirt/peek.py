@@ -14,12 +14,13 @@ from nbdtool.disks.libvirt.link import Failure, Link, Lost
 from nbdtool.disks.libvirt.local import refuse_special
 from nbdtool.errors import Error, warn
 
-CONNECTIONS = 4  # as many as answer at once
+# Calls share connections, and so their awakenings, in libvirtd as here.
+CONNECTIONS = 2
 
 # Bytes of one call. Every libvirt since 0.9.13 takes 1 MiB; but each byte is copied four times on
 # its way, which costs least while a processor's cache holds it, and each call wakes four threads.
 _PIECE = 512 << 10
-_WORKERS = 4
+_WORKERS, _PARALLEL = 2, 8
 _REMOTE_PIECE, _REMOTE_WORKERS = 256 << 10, 16  # to fill a long link
 _EVERY = 0.25  # seconds between two looks at the guest
 
@@ -102,7 +103,7 @@ class PeekDisk(Disk):
 
     def close(self) -> None:
         for number, link in enumerate(self._links):
-            held, self._domains[number] = self._domains[number], (None, None)
+            held, self._domains[number] = [self._domains[number]], (None, None)
             link.close(held)
 
 
@@ -128,5 +129,7 @@ def open_peek(link: Link, guest: Guest, disk: GuestDisk) -> Disk:
     from nbdtool.layers.readahead import ReadAhead
 
     if link.is_local():
+        made.parallel = _PARALLEL
         return ReadAhead(made, _WORKERS, _PIECE)
+    made.parallel = _REMOTE_WORKERS
     return ReadAhead(made, _REMOTE_WORKERS, _REMOTE_PIECE)
