@@ -107,6 +107,9 @@ class Rig:
         while self._runs():
             time.sleep(0.01)
 
+    def signal(self, sig: int) -> None:
+        os.kill(self._daemon, sig)
+
     def _runs(self) -> bool:
         return Path(f"/proc/{self._daemon}").exists()
 

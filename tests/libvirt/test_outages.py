@@ -99,6 +99,38 @@ def test_libvirtd_stays_away(big: Path, rig: Rig, serve: Any, run: Any) -> None:
         run("qemu-io", "-r", "-f", "raw", "-c", "read 2M 4k", server.uri)  # back again
 
 
+def test_a_libvirtd_that_pauses_is_waited_for(big: Path, rig: Rig, serve: Any, run: Any) -> None:
+    """It has the connection still, and nothing else would answer sooner."""
+    with serve("libvirt", "big", f"connect={rig.uri}", "method=peek", "--reconnect=1") as server:
+        run("qemu-io", "-r", "-f", "raw", "-c", "read 0 4k", server.uri)
+        rig.signal(signal.SIGSTOP)
+        timer = threading.Timer(3, rig.signal, [signal.SIGCONT])
+        timer.start()
+        try:
+            began = time.monotonic()
+            run("nbdcopy", server.uri, "null:")
+            assert time.monotonic() - began > 2
+        finally:
+            timer.join()
+
+
+def test_the_end_does_not_wait_for_a_libvirtd_that_pauses(big: Path, rig: Rig, serve: Any) -> None:
+    with serve("libvirt", "big", f"connect={rig.uri}", "method=peek") as server:
+        rig.signal(signal.SIGSTOP)
+        try:
+            client = subprocess.Popen(
+                ["qemu-io", "-r", "-f", "raw", "-c", "read 1M 4k", server.uri],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            time.sleep(0.5)
+            server.process.terminate()
+            server.process.wait(15)
+            client.wait(5)
+        finally:
+            rig.signal(signal.SIGCONT)
+
+
 SIXTEEN = """
 import errno, nbd, sys, time
 handles = [nbd.NBD() for _ in range(4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
+import libvirt  # type: ignore[import-untyped]
 import pytest
 
 from tests.libvirt.rig import Rig, backing, disk
@@ -205,6 +207,58 @@ def test_a_guest_that_is_started_meanwhile(
         assert "the guest was started meanwhile" in server.log()
         rig.end("started")
         run("qemu-io", "-r", "-f", "raw", "-c", "read 1M 4k", server.uri, status=1)
+
+
+@pytest.mark.parametrize("method", ["local", "peek"])
+@pytest.mark.parametrize("other", [True, False], ids=["another", "none"])
+def test_a_guest_that_loses_its_disk_meanwhile(
+    method: str, other: bool, rig: Rig, serve: Any, run: Callable[..., str], random_file: Any
+) -> None:
+    images = [random_file(rig.images / name, 2 * MIB) for name in ("kept", "lost", "new")]
+    words = ("libvirt", "loser", f"connect={rig.uri}", f"method={method}", "disk=vdb")
+    first = disk(images[0])
+    with (
+        rig.guest("loser", first, disk(images[1], "vdb")),
+        serve(*words) as server,
+    ):
+        run("nbdcopy", server.uri, "null:")
+        with rig.connection() as connection:
+            domain = connection.lookupByName("loser")
+            domain.detachDeviceFlags(disk(images[1], "vdb"), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+            if other:
+                domain.attachDeviceFlags(disk(images[2], "vdb"), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+        time.sleep(0.3)
+        run("qemu-io", "-r", "-f", "raw", "-c", "read 0 4k", server.uri, status=1)
+        assert "vdb has another source now" in server.log()
+        run("qemu-io", "-r", "-f", "raw", "-c", "read 1M 4k", server.uri, status=1)
+
+
+@contextlib.contextmanager
+def loop(image: Path, size: int) -> Iterator[Path]:
+    """The image as a block device with sectors of `size` bytes."""
+    done = subprocess.run(
+        ["losetup", "-f", "--show", "-b", str(size), image],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    device = Path(done.stdout.strip())
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+
+
+@pytest.mark.parametrize("sector", [512, 4096])
+@pytest.mark.parametrize("method", ["local", "peek"])
+def test_a_block_device(
+    method: str, sector: int, rig: Rig, random_file: Any, nbdtool: Any, tmp_path: Path
+) -> None:
+    image = random_file(rig.images / "behind", 4 * MIB)
+    with loop(image, sector) as device:
+        text = disk(device).replace("type='file'", "type='block'").replace("file=", "dev=")
+        with rig.guest("block", text):
+            words = ("libvirt", "block", f"connect={rig.uri}", f"method={method}")
+            nbdtool(*words, "--to-file", tmp_path / "out", status=0)
+    assert (tmp_path / "out").read_bytes() == image.read_bytes()
 
 
 def test_a_write_to_the_image_is_noticed_at_once(

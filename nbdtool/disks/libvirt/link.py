@@ -122,6 +122,8 @@ class Link:
                 return result
             except self._libvirt.libvirtError as exc:
                 failure = Failure(exc.get_error_message() or str(exc), exc.get_error_code())
+                if self._closed:  # and the connection, perhaps, is freed
+                    raise Lost(str(failure.strerror), failure.number) from None
                 if connection is not None and not _lost(connection, exc):
                     self._outage = None
                     raise failure from None
@@ -156,24 +158,28 @@ class Link:
             socket.getfqdn(),
         )
 
-    def close(self, held: object = None) -> None:
-        """Take leave, and let go of `held`, which needs the connection to be freed.
+    def close(self, held: Optional[list[Any]] = None) -> None:
+        """Take leave, and empty `held` of what lives on the connection.
 
-        A link that has gone silent isn't waited for.
+        A link that has gone silent isn't waited for, neither here nor where that would be freed.
         """
-        with self._lock:
-            self._closed, connection, self._connection = True, self._connection, None
-        if connection is None:
-            return
+        self._closed = True
+        connection = None
+        if self._lock.acquire(timeout=_LEAVING):  # else one is being made
+            connection, self._connection = self._connection, None
+            self._lock.release()
 
-        def leave(connection: Any, held: object) -> None:
+        def leave(connection: Any, held: list[Any]) -> None:
             try:
-                connection.close()
+                if connection is not None:
+                    connection.close()
             except self._libvirt.libvirtError as exc:
                 debug(f"closing: {exc}")
+            held.clear()
 
-        # It keeps both as long as it waits: freed elsewhere, they would wait there.
-        thread = threading.Thread(target=leave, args=(connection, held), daemon=True)
+        if connection is None and not held:
+            return
+        thread = threading.Thread(target=leave, args=(connection, held or []), daemon=True)
         thread.start()
         thread.join(_LEAVING)
 
