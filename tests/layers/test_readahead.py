@@ -116,6 +116,30 @@ def test_random_reads_read_nothing_else(disk: ReadAhead, slow: Slow) -> None:
     assert slow.reads == wanted
 
 
+@pytest.mark.parametrize("length", [64 * KIB, 256 * KIB, 400 * KIB])
+def test_nothing_is_read_twice_for_threads_that_follow_one_another(
+    length: int, disk: ReadAhead, slow: Slow
+) -> None:
+    """Who has several reads under way needs no other to be ahead of him."""
+    slow.delay = 0.002
+    wanted = iter(range(0, 20 * MIB - length, length))
+    turn = threading.Lock()
+
+    def read_on() -> None:
+        while True:
+            with turn:
+                offset = next(wanted, -1)
+            if offset < 0:
+                return
+            assert read_bytes(disk, offset, length) == slow.content[offset : offset + length]
+
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(read_on) for _ in range(6)]:
+            done.result()
+    disk.close()
+    assert sum(count for _, count in slow.reads) < 20 * MIB * 1.1
+
+
 def test_what_is_announced_is_read_side_by_side(disk: ReadAhead, slow: Slow) -> None:
     slow.delay = 0.05
     batch = [(n * MIB, 4096) for n in range(4)] + [(9 * MIB + n * 4096, 4096) for n in range(40)]
