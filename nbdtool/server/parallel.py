@@ -54,6 +54,7 @@ class ParallelTransmission(Transmission):
         self._received: deque[list[_Read]] = deque()  # of neighbouring ranges
         self._crew: list[threading.Thread] = []  # beside the thread of the connection
         self._asleep: list[threading.Lock] = []
+        self._reading: set[int] = set()  # threads
         self._lone = 0  # requests in a row that came when nothing else was to be done
         self._over = False
         self._failure: Optional[Exception] = None
@@ -90,9 +91,7 @@ class ParallelTransmission(Transmission):
                         if self._lone < _LONE:
                             self._wake()
                     else:
-                        self._asleep.append(sleep)
-                        if not self._over:
-                            sleep.acquire()
+                        self._sleep(sleep)
                 else:
                     if self._received:
                         self._wake()
@@ -104,6 +103,18 @@ class ParallelTransmission(Transmission):
             self._stream.shut()
         while self._asleep:
             self._wake()
+
+    def _sleep(self, sleep: threading.Lock) -> None:
+        """Wait until _wake() releases the lock."""
+        self._asleep.append(sleep)
+        if self._over or self._received or not self._turn.locked():
+            # Whoever had the turn may have looked for somebody to wake before this.
+            try:
+                self._asleep.remove(sleep)
+                return
+            except ValueError:
+                pass
+        sleep.acquire()
 
     def _wake(self) -> None:
         """Let one more thread work, if there is one or may be."""
@@ -121,14 +132,12 @@ class ParallelTransmission(Transmission):
 
     def _receive(self) -> None:
         """Wait for reads, and answer what isn't one, up to the end of the session."""
-        late = False
         while not self._over:
             self._sort()
             if self._received:
-                busy = len(self._asleep) < len(self._crew)
-                self._lone = 0 if late or busy or len(self._received) > 1 else self._lone + 1
+                more = self._reading or len(self._received) > 1
+                self._lone = 0 if more else self._lone + 1
                 break
-            late = self._lone >= _LONE and self._stream.ready()
             self._over = self._over or not self._fill(soon=False)
 
     def _sort(self) -> None:
@@ -184,7 +193,14 @@ class ParallelTransmission(Transmission):
             replies.send()
 
     def _read_all(self, reads: list[_Read], start: int, total: int, replies: Replies) -> None:
-        spans = self._disk.read(start, total)
+        me = threading.get_ident()
+        self._reading.add(me)
+        try:
+            spans = self._disk.read(start, total)
+        finally:
+            self._reading.discard(me)
+        if self._lone >= _LONE and self._stream.ready():
+            self._lone = 0  # a request came before the answer to this one
         if len(reads) == len(spans) == 1 and type(spans[0]) is bytes:
             replies.small_data(*reads[0][:2], spans[0])
             replies.send()

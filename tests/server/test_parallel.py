@@ -103,6 +103,7 @@ def test_requests_that_come_while_others_are_read(slow: Slow, running: Harness) 
     client.send(asked(client, 0))
     wait_for(lambda: slow.now == 1, str)
     client.send(asked(client, 20_000))
+    time.sleep(0.2)
     slow.gate.set()
     assert {client.answer().cookie, client.answer().cookie} == {0, 20_000}
     slow.gate.clear()
@@ -116,12 +117,14 @@ def test_a_client_with_one_request_at_a_time_is_soon_served_by_one_thread(
     slow: Slow, running: Harness
 ) -> None:
     client = running.client()
-    for _ in range(50):
-        client.read(0, 512)
-    slow.readers.clear()
-    for at in range(0, 100 * 4096, 4096):
-        assert client.read(at, 512) == slow.content[at : at + 512]
-    assert len(slow.readers) == 1
+
+    def read_on() -> bool:
+        slow.readers.clear()
+        for at in range(0, 100 * 4096, 4096):
+            assert client.read(at, 512) == slow.content[at : at + 512]
+        return len(slow.readers) == 1
+
+    wait_for(read_on, lambda: str(slow.readers))
 
 
 def test_neighbours_are_read_as_one(slow: Slow, running: Harness) -> None:
