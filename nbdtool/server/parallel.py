@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, Optional
@@ -18,6 +19,7 @@ from nbdtool.server.transmission import SMALL, Log, Stopping, Transmission
 
 _TOGETHER = 512 << 10  # bytes that neighbouring reads may have to be done as one
 
+_QUICK = 5e-5  # seconds: a read that found its data in memory
 _LONE = 16  # requests of a client, one after the other, until no thread is kept ready beside
 
 
@@ -43,7 +45,8 @@ class ParallelTransmission(Transmission):
     """Serves one session with up to `disk.parallel` threads, which start when there is work.
 
     Whoever has the turn receives requests, answers all but plain reads, and leaves the turn to
-    another for doing one. A client that has one request under way at a time wakes nobody.
+    another for doing one. Nobody is woken for a client that has one request under way at a time,
+    unless its data is there already: then two threads in turns are sooner back on a processor.
     """
 
     def __init__(self, session: Session, budget: Budget, log: Log, stopping: Stopping) -> None:
@@ -56,6 +59,7 @@ class ParallelTransmission(Transmission):
         self._asleep: list[threading.Lock] = []
         self._reading: set[int] = set()  # threads
         self._lone = 0  # requests in a row that came when nothing else was to be done
+        self._quick = False  # the last read was
         self._over = False
         self._failure: Optional[Exception] = None
 
@@ -88,7 +92,7 @@ class ParallelTransmission(Transmission):
                             self._receive()
                         finally:
                             self._turn.release()
-                        if self._lone < _LONE:
+                        if self._quick or self._lone < _LONE:
                             self._wake()
                     else:
                         self._sleep(sleep)
@@ -195,11 +199,13 @@ class ParallelTransmission(Transmission):
     def _read_all(self, reads: list[_Read], start: int, total: int, replies: Replies) -> None:
         me = threading.get_ident()
         self._reading.add(me)
+        began = time.monotonic()
         try:
             spans = self._disk.read(start, total)
         finally:
             self._reading.discard(me)
-        if self._lone >= _LONE and self._stream.ready():
+        self._quick = time.monotonic() - began < _QUICK
+        if self._lone >= _LONE and not self._quick and self._stream.ready():
             self._lone = 0  # a request came before the answer to this one
         if len(reads) == len(spans) == 1 and type(spans[0]) is bytes:
             replies.small_data(*reads[0][:2], spans[0])

@@ -95,8 +95,6 @@ class SocketStream(Stream):
         self.sock, self.peer = sock, peer
         sock.setblocking(True)
         self._fd = sock.fileno()
-        self._poll = select.poll()
-        self._poll.register(self._fd, select.POLLIN)
         if sock.family == socket.AF_UNIX:
             # Room for a large reply and the next one: fewer awakenings on both sides. TCP sees to
             # its own buffers.
@@ -127,7 +125,7 @@ class SocketStream(Stream):
             raise Ended(str(exc)) from None
 
     def ready(self) -> bool:
-        return bool(self._poll.poll(0))
+        return _ready(self._fd)
 
     def send(self, buffers: Sequence[Buffer], length: int, *, more: bool = False) -> None:
         flags = socket.MSG_MORE if more else 0
@@ -173,8 +171,6 @@ class PipeStream(Stream):
     def __init__(self, read_fd: int, write_fd: int) -> None:
         self.peer = "standard input"
         self._in, self._out = read_fd, write_fd
-        self._poll = select.poll()
-        self._poll.register(self._in, select.POLLIN)
         self._patience = 0.0
 
     def set_patience(self, seconds: float) -> None:
@@ -194,7 +190,7 @@ class PipeStream(Stream):
             raise Ended(str(exc)) from None
 
     def ready(self) -> bool:
-        return bool(self._poll.poll(0))
+        return _ready(self._in)
 
     def send(self, buffers: Sequence[Buffer], length: int, *, more: bool = False) -> None:
         try:
@@ -217,6 +213,12 @@ class PipeStream(Stream):
     def close(self) -> None:
         os.close(self._in)
         os.close(self._out)
+
+
+def _ready(fd: int) -> bool:
+    poll = select.poll()  # of its own: two threads can't use one at once
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def end() -> int:

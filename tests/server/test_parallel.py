@@ -30,6 +30,7 @@ class Slow(MemoryDisk):
         self.content[:] = random.Random(1).randbytes(MIB)
         self.gate = threading.Event()
         self.gated = 0
+        self.delay = 0.0
         self.reads: list[tuple[int, int]] = []
         self.failures: dict[int, Exception] = {}  # by the byte that can't be read
         self.now = self.most = 0
@@ -43,6 +44,7 @@ class Slow(MemoryDisk):
             self.now += 1
             self.most = max(self.most, self.now)
         try:
+            time.sleep(self.delay)
             if offset < self.gated:
                 assert self.gate.wait(20)
             for place, failure in self.failures.items():
@@ -97,6 +99,7 @@ def test_as_many_at_once_as_the_disk_wants(slow: Slow, running: Harness) -> None
 def test_requests_that_come_while_others_are_read(slow: Slow, running: Harness) -> None:
     """They aren't left lying, even by a thread that used to be enough by itself."""
     client = running.client()
+    slow.delay = 0.001
     for _ in range(40):
         assert client.read(700, 100) == slow.content[700:800]
     slow.gated = 10_000
@@ -117,6 +120,7 @@ def test_a_client_with_one_request_at_a_time_is_soon_served_by_one_thread(
     slow: Slow, running: Harness
 ) -> None:
     client = running.client()
+    slow.delay = 0.001
 
     def read_on() -> bool:
         slow.readers.clear()
@@ -125,6 +129,22 @@ def test_a_client_with_one_request_at_a_time_is_soon_served_by_one_thread(
         return len(slow.readers) == 1
 
     wait_for(read_on, lambda: str(slow.readers))
+
+
+def test_threads_that_look_whether_more_has_come_at_once(slow: Slow, running: Harness) -> None:
+    client = running.client()
+    slow.delay = 0.0002
+    generator = random.Random(3)
+    for depth in (1, 4) * 10:
+        for _ in range(20):  # so that one thread is enough, and then isn't
+            assert len(client.read(0, 512)) == 512
+        wanted = [generator.randrange(1, 2000) * 512 for _ in range(40)]
+        for start in range(0, 40, depth):
+            client.send(asked(client, *wanted[start : start + depth]))
+            for _ in range(depth):
+                answer = client.answer()
+                assert answer.error == 0
+                assert answer.data == slow.content[answer.cookie : answer.cookie + 512]
 
 
 def test_neighbours_are_read_as_one(slow: Slow, running: Harness) -> None:
