@@ -14,8 +14,11 @@ from nbdtool.disks.libvirt.link import Failure, Link, Lost
 from nbdtool.disks.libvirt.local import refuse_special
 from nbdtool.errors import Error, warn
 
-# Calls share connections, and so their awakenings, in libvirtd as here.
 CONNECTIONS = 2
+
+# Bytes of a call from which on they are spread over the connections. Small ones share one, and so
+# the awakenings of who receives, in libvirtd as here.
+_LARGE = 64 << 10
 
 # Bytes of one call. Every libvirt since 0.9.13 takes 1 MiB; but each byte is copied four times on
 # its way, which costs least while a processor's cache holds it, and each call wakes four threads.
@@ -63,9 +66,12 @@ class PeekDisk(Disk):
         here = min(length, self._end - offset)
         if here <= 0:
             return [ZeroSpan(length)]
-        number = getattr(self._mine, "number", None)
-        if number is None:
-            number = self._mine.number = next(self._numbers) % CONNECTIONS
+        number = 0
+        if length >= _LARGE:
+            try:
+                number = self._mine.number
+            except AttributeError:
+                number = self._mine.number = next(self._numbers) % CONNECTIONS
         try:
             data = self._links[number].call(lambda c: self._peek(c, number, offset, here))
         except Lost:
