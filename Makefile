@@ -40,10 +40,10 @@ format: .venv/checked
 	$(BIN)/ruff check --fix .
 
 check: packages lint dist/nbdtool man
-	tools/check $(BIN)/pytest
+	tools/check all $(BIN)/pytest
 
 check-quick: packages lint dist/nbdtool man
-	$(BIN)/pytest -m "not slow"
+	tools/check quick $(BIN)/pytest -m "not slow"
 
 check-pythons: packages .venv/checked dist/nbdtool
 	tools/check-pythons $(PYTHONS)

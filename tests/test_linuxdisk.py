@@ -131,6 +131,7 @@ def test_hard_links_across_directories(tree: Path, check: Callable[..., Path]) -
     check(tree)
 
 
+@pytest.mark.slow
 def test_many_entries(tree: Path, check: Callable[..., Path], kind: str) -> None:
     """A directory of 50,000 entries, and 5,000 empty files, which need inodes and no blocks."""
     (tree / "many").mkdir()
@@ -391,6 +392,7 @@ def test_large_filesystems(tree: Path) -> None:
         assert used < 500 << 20
 
 
+@pytest.mark.slow
 def test_one_terabyte(
     tree: Path, kind: str, tmp_path: Path, partition: Callable[..., Any], mount: Callable[..., Any],
     e2fsck: Callable[..., None],

@@ -112,6 +112,7 @@ def test_older_formats(tree: Path, tmp_path: Path, contents: Contents, style: st
         assert found[path][2] == 1000 * 10**9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["gzip", "xz", "zstd", "bzip2"])
 def test_compressed(tree: Path, tmp_path: Path, contents: Contents, program: str) -> None:
     archive = pack(tree, tmp_path / "archive.tar", "--format=posix")

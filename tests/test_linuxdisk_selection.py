@@ -174,6 +174,7 @@ def test_whiteouts(tmp_path: Path, contents: Contents) -> None:
     assert ".wh.gone" in contents(lower, upper)
 
 
+@pytest.mark.slow
 def test_reproducible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any]
 ) -> None:

@@ -120,6 +120,7 @@ def test_digest_of_a_large_hole(folder: Path) -> None:
     assert sum(length for what, _, length in disk.asked if what == "read") == 4 * 4096
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(
     command: list[str],
     run: Callable[..., str],

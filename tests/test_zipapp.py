@@ -46,6 +46,7 @@ def disk_of_tree(public: Path, **kwargs: object) -> bytes:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_folders_build_the_same_bytes(zipapp: Path, tmp_path: Path) -> None:
     for name in "nbdtool", "tools":
         shutil.copytree(

@@ -106,6 +106,7 @@ def make_sgdisk(image: Path, device: Path) -> None:
 TABLES = [make_sfdisk_gpt, make_sfdisk_dos, make_parted_gpt, make_parted_dos, make_sgdisk]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sector", [512, 4096])
 @pytest.mark.parametrize("make", TABLES, ids=lambda make: make.__name__[5:])
 def test_as_others_see_it(

@@ -141,6 +141,7 @@ def test_spans_are_those_of_the_file(tmp_path: Path, create: Any) -> None:
     assert [span_length(span) for span in spans] == [100, 3 * MIB, MIB - 100]
 
 
+@pytest.mark.slow
 def test_many_threads(tmp_path: Path, run: Any, random_file: Any) -> None:
     """Many readers of few kept clusters and tables get the right bytes."""
     source = random_file(tmp_path / "source", 4 * MIB)

@@ -293,6 +293,7 @@ def test_max_size(layout: rig.Layout) -> None:
     assert "--max-size" in why(fetch.spool_layer, source, image, 0, len(TAR) - 1)
 
 
+@pytest.mark.slow
 def test_gigabytes_of_zeroes_take_no_space(layout: rig.Layout) -> None:
     info = tarfile.TarInfo("disk/zeroes")
     info.size = GIB // 4

@@ -155,6 +155,7 @@ def test_wrong_usage(words: tuple[str, ...], pushed: dict[str, str], cdi: Tool) 
 # Where images are
 
 
+@pytest.mark.slow
 def test_buildah_and_podman_agree(
     host: str, qcow2: Path, raw: Path, written: Tool, run: Tool, tmp_path: Path
 ) -> None:

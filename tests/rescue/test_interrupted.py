@@ -101,6 +101,7 @@ def test_killed_fifty_times(
     compare(image, states)
 
 
+@pytest.mark.slow
 def test_terminated(
     rescue: Any, compare: Any, command: list[str], image: Path, tmp_path: Path
 ) -> None:

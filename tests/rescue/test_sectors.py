@@ -39,6 +39,7 @@ def test_as_injected(rescue: Any, compare: Any, image: Path, tmp_path: Path, sta
         assert len(source.reads()) == again  # nothing is read again, but with --retries
 
 
+@pytest.mark.slow
 def test_reads_are_of_whole_sectors(rescue: Any, compare: Any, image: Path, tmp_path: Path) -> None:
     """Also where more and more is skipped, up to a hundredth of the disk."""
     states = faults(SECTORS, areas=[(1000, 12000)])

@@ -186,6 +186,7 @@ def test_names_from_clients_are_quoted_in_the_log(
 # In transmission
 
 
+@pytest.mark.slow
 def test_10000_requests_from_a_client_that_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transmission, "PATIENCE", 0.5)
     disk = MemoryDisk()
@@ -239,6 +240,7 @@ def test_a_payload_without_progress_ends_the_connection_and_frees_its_memory(
         assert disk.done == [("write", 0, 32 * MIB)]
 
 
+@pytest.mark.slow
 def test_many_small_chunks_of_a_payload_are_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transmission, "PATIENCE", 1)
     with harness(MemoryDisk()) as running:
@@ -354,6 +356,7 @@ def test_memory_stays_bounded(
             client.close()
 
 
+@pytest.mark.slow
 def test_200_connections_with_mixed_requests_against_a_model(
     serve: Callable[..., Any], tmp_path: Path
 ) -> None:

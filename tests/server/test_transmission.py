@@ -410,6 +410,7 @@ def test_block_status_of_almost_4_gib(tmp_path: Path, offset: int, length: int) 
         assert extents == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["structured", "extended"])
 def test_block_status_is_cut_at_2_20_extents(mode: str) -> None:
     def extents(offset: int, length: int) -> Iterator[Extent]:

@@ -44,6 +44,7 @@ def script(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_install_puts_the_program_and_its_pages_below_destdir_and_prefix(
     tree: Path, run: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -60,6 +61,7 @@ def test_install_puts_the_program_and_its_pages_below_destdir_and_prefix(
     assert {path.relative_to(tree) for path in tree.rglob("*")} == before - {Path(".venv")}
 
 
+@pytest.mark.slow
 def test_make_does_nothing_when_all_is_built(tree: Path, run: Callable[..., str]) -> None:
     run("make", "-C", tree)
     assert "Nothing to be done" in run("make", "-C", tree)

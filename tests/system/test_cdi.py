@@ -216,6 +216,7 @@ def slow(plain: str) -> Iterator[rig.Scripted]:
         yield server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("how", ["--find-disk", "layer=0"])
 def test_signal_in_the_middle_leaves_nothing(
@@ -294,6 +295,7 @@ def test_full_filesystem(
         run("umount", small)
 
 
+@pytest.mark.slow
 def test_progress_on_a_terminal(slow: rig.Scripted, command: list[str], tmp_path: Path) -> None:
     words = ["cdi", f"{slow.host}/k/disk:v1", "--tls-verify=false", "--find-disk"]
     pid, terminal = pty.fork()

@@ -57,6 +57,7 @@ def test_cow_over_a_read_only_server(
     assert image.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_copy_survives_a_restart_of_the_server(
     tmp_path: Path, random_file: Callable[..., Path], command: list[str], serve: Any
 ) -> None:

@@ -57,6 +57,7 @@ def test_signal_prints_the_line(
         assert line.startswith("nbdtool: writing: ") and "MiB of 8.0 MiB, " in line
 
 
+@pytest.mark.slow
 def test_signal_prints_what_a_rescue_does(command: list[str], image: Path, tmp_path: Path) -> None:
     slow = ["nbdkit", "-f", "-U", tmp_path / "slow", "--filter=delay", "file", image, "rdelay=60"]
     uri = f"nbd+unix:///?socket={tmp_path}/slow"
@@ -84,6 +85,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_lines_of_a_run(command: list[str], image: Path, tmp_path: Path) -> None:
     run = Waiting(command, image, tmp_path, "--json", "--sha256")
     time.sleep(1.5)
